@@ -1,0 +1,1 @@
+"""Fakes and fixtures that the tests share, each with a name of its own."""
