@@ -1,0 +1,1 @@
+"""The control protocol: QMP as QEMU speaks it, and nothing about migration."""
