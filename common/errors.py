@@ -1,0 +1,124 @@
+"""What can go wrong with a migration, branched by who can do something about it.
+
+    MigrationError          catch this one and you have caught them all
+    ├── ChannelLost         the network or the peer went away
+    ├── StreamError         the peer sent what the format forbids
+    ├── Refused             the peer refused, and said why
+    ├── GuestError          the guest's process refused or died
+    └── HostError           the kernel refused: a capability, a limit, a device
+
+What each branch does to a migration:
+
+    exception     before the switchover                    in postcopy
+    ChannelLost   failed; the guest goes on at the source  postcopy-paused
+    StreamError   failed; the guest goes on at the source  postcopy-paused
+    Refused       failed; the guest goes on at the source  never happens
+    GuestError    failed                                   failed where it was lost
+    HostError     the command is refused                   never happens
+
+An error carries its evidence as attributes and renders one sentence. Wrong use
+of our own functions is a ValueError and not part of this tree.
+"""
+
+from __future__ import annotations
+
+
+class MigrationError(Exception):
+    """The base of the tree; `message` is the sentence without its evidence."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ChannelLost(MigrationError):
+    """The network or the peer went away.
+
+    `channel` is "main" or "preempt" where it is known, `errno` the kernel's
+    number if there was one: an orderly end of the channel has none.
+    """
+
+    def __init__(
+        self, message: str, *, channel: str | None = None, errno: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.channel = channel
+        self.errno = errno
+
+    def __str__(self) -> str:
+        return self.message + _evidence(channel=self.channel, errno=self.errno)
+
+
+class StreamError(MigrationError):
+    """The peer sent what the format forbids.
+
+    `offset` counts bytes from the beginning of the stream, or of the piece that
+    was being read; `expected` and `got` are the values that differ.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        offset: int | None = None,
+        expected: object = None,
+        got: object = None,
+    ) -> None:
+        super().__init__(message)
+        self.offset = offset
+        self.expected = expected
+        self.got = got
+
+    def __str__(self) -> str:
+        return self.message + _evidence(
+            offset=self.offset, expected=self.expected, got=self.got
+        )
+
+
+class Refused(MigrationError):
+    """The peer refused the migration; `text` is its own sentence, if it sent one."""
+
+    def __init__(self, text: str = "") -> None:
+        super().__init__(f"the peer refused: {text or 'it gave no reason'}")
+        self.text = text
+
+
+class GuestError(MigrationError):
+    """The guest's process refused `request`, or died if there was none."""
+
+    def __init__(self, message: str, *, request: str | None = None) -> None:
+        super().__init__(message)
+        self.request = request
+
+    def __str__(self) -> str:
+        return self.message + _evidence(request=self.request)
+
+
+class HostError(MigrationError):
+    """The kernel refused; the message ends with what to change on this host."""
+
+    def __init__(
+        self, message: str, *, errno: int | None = None, path: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.errno = errno
+        self.path = path
+
+    def __str__(self) -> str:
+        return self.message + _evidence(errno=self.errno, path=self.path)
+
+
+def _evidence(**known: object) -> str:
+    facts = [f"{k} {_show(v)}" for k, v in known.items() if v is not None]
+    return f" ({', '.join(facts)})" if facts else ""
+
+
+def _show(value: object) -> str:
+    """Numbers of the wire are read in hex, its bytes too."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value[:16]).hex(" ") or "nothing"
+    if isinstance(value, int) and not isinstance(value, bool) and value > 9:
+        return f"{value:#x}"
+    return str(value)
