@@ -111,6 +111,7 @@ MAX_CAPABILITIES: Final = 64
 MAX_BLOCKS: Final = 4096
 MAX_RAM_BYTES: Final = 1 << 52  # what an x86 physical address can name
 MAX_PACKAGE: Final = 64 << 20
+MAX_PINGS: Final = 64  # in a package; QEMU sends two at most
 MAX_DEVICE_STATE: Final = 1 << 30
 MAX_VMDESC: Final = 16 << 20
 MAX_RP_PAYLOAD: Final = 512  # QEMU's own limit
