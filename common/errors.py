@@ -116,9 +116,10 @@ def _evidence(**known: object) -> str:
 
 
 def _show(value: object) -> str:
-    """Numbers of the wire are read in hex, its bytes too."""
+    """Numbers of the wire in hex, its bytes too; text that fits on a line."""
     if isinstance(value, bytes | bytearray | memoryview):
         return bytes(value[:16]).hex(" ") or "nothing"
     if isinstance(value, int) and not isinstance(value, bool) and value > 9:
         return f"{value:#x}"
-    return str(value)
+    text = str(value)
+    return text[:100] if text.isprintable() else ascii(text[:100])

@@ -1,8 +1,8 @@
 """The fields that all records are made of: integers, names, and plain bytes.
 
 All integers are big-endian and unsigned. A name is one length byte and as many
-bytes of UTF-8 without a zero byte; the names of RAM blocks reach C code, where
-a zero would end them early.
+bytes of printable UTF-8: names reach logs, replies, and C code where a zero
+byte would end them early.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def be64(value: int) -> bytes:
 def name(text: str) -> bytes:
     """A length byte and the name; ValueError unless it has 1 to 255 bytes."""
     raw = text.encode()
-    if not 1 <= len(raw) <= c.MAX_NAME or 0 in raw:
+    if not 1 <= len(raw) <= c.MAX_NAME or not text.isprintable():
         raise ValueError(f"not a name of the stream: {text!r}")
     return bytes([len(raw)]) + raw
 
@@ -110,13 +110,14 @@ def name_untrusted(read: Read) -> str:
 
 
 def text_untrusted(raw: bytes) -> str:
-    """UTF-8 without a zero byte."""
-    if 0 in raw:
-        raise StreamError("a name contains a zero byte", got=raw)
+    """Printable UTF-8; nothing is said about its length."""
     try:
-        return raw.decode()
+        text = raw.decode()
     except UnicodeDecodeError:
-        raise StreamError("a name is not UTF-8", got=raw) from None
+        raise StreamError("a text is not UTF-8", got=raw) from None
+    if not text.isprintable():
+        raise StreamError("a text is not printable", got=raw)
+    return text
 
 
 def expect(what: str, expected: object, got: object) -> None:

@@ -146,7 +146,9 @@ def _payload_untrusted(payload: fields.Reader, number: int, length: int) -> Mess
         case c.MIG_RP_MSG_RESUME_ACK:
             return ResumeAck(fields.be32_untrusted(payload))
         case c.RP_X_FAILURE:
-            return Failure(_sentence_untrusted(fields.take_untrusted(payload, length)))
+            return Failure(
+                fields.text_untrusted(fields.take_untrusted(payload, length))
+            )
         case _:
             return SwitchoverAck()
 
@@ -161,11 +163,3 @@ def _request_untrusted(payload: fields.Reader, number: int) -> ReqPages:
     if number == c.MIG_RP_MSG_REQ_PAGES:
         return ReqPages(start, length)
     return ReqPages(start, length, fields.name_untrusted(payload))
-
-
-def _sentence_untrusted(raw: bytes) -> str:
-    """Goes into logs and replies, so nothing but printable text gets through."""
-    text = fields.text_untrusted(raw)
-    if not text.isprintable():
-        raise StreamError("a failure text is not printable", got=raw)
-    return text
