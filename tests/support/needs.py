@@ -1,0 +1,108 @@
+"""What a test may need from the machine, and how to see that it is missing.
+
+A marker (`@pytest.mark.kvm`) names the need; conftest.py skips the test with
+the sentence that the function here gives, or fails it where `.ci/setup` should
+have provided the thing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from support import hugepages, qemu
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_KVM_CREATE_VM = 0xAE01
+_USERFAULTFD_IOC_NEW = 0xAA00
+_SYS_USERFAULTFD = 323  # x86-64
+
+
+def missing(marker: str) -> str | None:
+    """Say what is missing for tests with this marker, or None."""
+    probe = _PROBES.get(marker)
+    return probe() if probe else None
+
+
+def provided_by_setup(marker: str) -> bool:
+    """Whether it's `.ci/setup` that provides this, and not the machine."""
+    return marker == "qemu"
+
+
+@functools.cache
+def _kvm() -> str | None:
+    try:
+        device = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        return f"/dev/kvm can't be opened: {error.strerror}"
+    try:
+        os.close(fcntl.ioctl(device, _KVM_CREATE_VM, 0))
+    except OSError as error:
+        return f"/dev/kvm makes no virtual machine: {error.strerror}"
+    finally:
+        os.close(device)
+    return None
+
+
+@functools.cache
+def _userfaultfd() -> str | None:
+    try:
+        device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return _userfaultfd_call()
+    try:
+        os.close(fcntl.ioctl(device, _USERFAULTFD_IOC_NEW, os.O_CLOEXEC))
+    except OSError as error:
+        return f"/dev/userfaultfd makes no userfaultfd: {error.strerror}"
+    finally:
+        os.close(device)
+    return None
+
+
+def _userfaultfd_call() -> str | None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    descriptor = libc.syscall(_SYS_USERFAULTFD, os.O_CLOEXEC)
+    if descriptor < 0:
+        reason = os.strerror(ctypes.get_errno())
+        return f"neither /dev/userfaultfd nor userfaultfd(2) is permitted: {reason}"
+    os.close(descriptor)
+    return None
+
+
+@functools.cache
+def _netns() -> str | None:
+    for program in ("ip", "nft", "unshare"):
+        if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None:
+            return f"the program {program} is not installed"
+    tried = subprocess.run(
+        ["unshare", "--net", "true"], capture_output=True, text=True, check=False
+    )
+    if tried.returncode:
+        return f"no network namespace can be made: {tried.stderr.strip()}"
+    return None
+
+
+def _qemu() -> str | None:
+    for version in qemu.VERSIONS:
+        path = qemu.executable(version)
+        if not os.access(path, os.X_OK):
+            root = Path(__file__).resolve().parents[2]
+            return f"{path.relative_to(root)} is not there: run .ci/qemu"
+    return None
+
+
+_PROBES: dict[str, Callable[[], str | None]] = {
+    "kvm": _kvm,
+    "userfaultfd": _userfaultfd,
+    "hugepages": hugepages.missing,
+    "netns": _netns,
+    "qemu": _qemu,
+}
