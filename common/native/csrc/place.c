@@ -1,0 +1,544 @@
+#include "place.h"
+
+#include "channel.h"
+#include "uffd.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+/* A resolved fault maps its neighbours in this many bytes too. */
+#define NEIGHBOURHOOD ((uint64_t)64 << 10)
+#define SWEEP_CHUNK ((uint64_t)2 << 20)
+
+static uint64_t largest_page(const struct ram *ram)
+{
+    uint64_t size = TARGET_PAGE_SIZE;
+
+    for (uint32_t i = 0; i < ram->count; i++) {
+        if (ram->blocks[i].page_size > size) {
+            size = ram->blocks[i].page_size;
+        }
+    }
+    return size;
+}
+
+struct result destination_open(struct destination *d, struct ram *ram,
+                               int32_t way, int uffd,
+                               const uint32_t *vcpus, uint32_t vcpu_count)
+{
+    size_t size = (size_t)largest_page(ram);
+    void *zeroes;
+
+    *d = (struct destination){ .ram = ram, .way = way, .uffd = uffd };
+    rpath_open(&d->rpath);
+    waiting_open(&d->waiting, vcpus, vcpu_count);
+    d->complete_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (d->complete_fd < 0) {
+        return result_errno(RESULT_HOST, "eventfd", errno);
+    }
+    zeroes = mmap(NULL, size, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (zeroes == MAP_FAILED) {
+        return result_errno(RESULT_HOST, "mmap of a zero page", errno);
+    }
+    d->zeroes = zeroes;
+    d->zeroes_length = size;
+    return result_ok();
+}
+
+void destination_close(struct destination *d)
+{
+    if (d->zeroes) {
+        munmap(d->zeroes, d->zeroes_length);
+    }
+    if (d->complete_fd >= 0) {
+        close(d->complete_fd);
+    }
+    d->zeroes = NULL;
+    d->complete_fd = -1;
+    rpath_close(&d->rpath);
+    waiting_close(&d->waiting);
+}
+
+/* --- before the guest runs ---------------------------------------------- */
+
+static struct result punch(struct ram_block *b, uint64_t start,
+                           uint64_t length)
+{
+    if (fallocate(b->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                  (off_t)start, (off_t)length) < 0) {
+        return result_errno(RESULT_HOST,
+                            "fallocate(PUNCH_HOLE) of a RAM block", errno);
+    }
+    bitmap_clear_range(&b->populated, start >> b->host_bits,
+                       length >> b->host_bits);
+    return result_ok();
+}
+
+struct result destination_empty(struct destination *d)
+{
+    for (uint32_t i = 0; i < d->ram->count; i++) {
+        struct ram_block *b = &d->ram->blocks[i];
+        struct result r = punch(b, 0, b->length);
+
+        if (!RESULT_IS_OK(r)) {
+            return r;
+        }
+        bitmap_clear_range(&b->received, 0, b->received.bits);
+    }
+    return result_ok();
+}
+
+struct result destination_discard(struct destination *d, uint32_t block,
+                                  uint64_t start, uint64_t length)
+{
+    struct ram_block *b = &d->ram->blocks[block];
+
+    bitmap_clear_range(&b->received, start >> TARGET_PAGE_BITS,
+                       length >> TARGET_PAGE_BITS);
+    /* Otherwise what is there is simply never mapped. */
+    return d->way == PLACE_COPY ? punch(b, start, length) : result_ok();
+}
+
+static uint32_t fault_modes(const struct destination *d)
+{
+    return d->way == PLACE_CONTINUE ? UFFD_MODE_MISSING | UFFD_MODE_MINOR :
+                                      UFFD_MODE_MISSING;
+}
+
+static struct result unregister_blocks(struct destination *d)
+{
+    for (uint32_t i = 0; i < d->ram->count; i++) {
+        struct ram_block *b = &d->ram->blocks[i];
+        struct result r = uffd_unregister(d->uffd, b->base, b->length);
+
+        if (!RESULT_IS_OK(r)) {
+            return r;
+        }
+    }
+    return result_ok();
+}
+
+static struct result register_blocks(struct destination *d)
+{
+    for (uint32_t i = 0; i < d->ram->count; i++) {
+        struct ram_block *b = &d->ram->blocks[i];
+        struct result r = uffd_register(d->uffd, b->base, b->length,
+                                        fault_modes(d));
+
+        if (!RESULT_IS_OK(r)) {
+            return r;
+        }
+    }
+    return result_ok();
+}
+
+struct result destination_probe(struct destination *d)
+{
+    struct result r;
+
+    if (d->way == PLACE_FILE) {
+        return result_ok();
+    }
+    r = register_blocks(d);
+    return RESULT_IS_OK(r) ? unregister_blocks(d) : r;
+}
+
+/* A host page of which only a part came counts as missing. */
+static uint64_t settle_block(struct ram_block *b)
+{
+    uint64_t per_host = block_pages_per_host(b);
+    uint64_t missing = 0;
+
+    for (uint64_t host = 0; host < block_hosts(b); host++) {
+        uint64_t first = host << block_pages_bits(b);
+
+        if (bitmap_next_clear(&b->received, first) >= first + per_host) {
+            bitmap_test_and_set(&b->claimed, host);
+        } else {
+            bitmap_clear_range(&b->received, first, per_host);
+            missing++;
+        }
+    }
+    return missing;
+}
+
+static void note_complete(struct destination *d)
+{
+    uint64_t one = 1;
+
+    (void)!write(d->complete_fd, &one, sizeof(one));
+}
+
+struct result destination_listen(struct destination *d)
+{
+    uint64_t missing = 0;
+    struct result r = result_ok();
+
+    for (uint32_t i = 0; i < d->ram->count; i++) {
+        missing += settle_block(&d->ram->blocks[i]);
+    }
+    __atomic_store_n(&d->missing, missing, __ATOMIC_SEQ_CST);
+    if (d->way != PLACE_FILE) {
+        r = register_blocks(d);
+    }
+    __atomic_store_n(&d->listening, 1, __ATOMIC_SEQ_CST);
+    if (missing == 0) {
+        note_complete(d);
+    }
+    return r;
+}
+
+struct result destination_finish(struct destination *d)
+{
+    __atomic_store_n(&d->listening, 0, __ATOMIC_SEQ_CST);
+    return d->way == PLACE_FILE ? result_ok() : unregister_blocks(d);
+}
+
+uint64_t destination_missing(struct destination *d)
+{
+    return __atomic_load_n(&d->missing, __ATOMIC_SEQ_CST);
+}
+
+/* --- bytes into the file ------------------------------------------------ */
+
+static struct result write_file(struct ram_block *b, uint64_t offset,
+                                struct iovec *iov, uint32_t count)
+{
+    while (count) {
+        int n = count > IOV_MAX ? IOV_MAX : (int)count;
+        ssize_t done = pwritev(b->fd, iov, n, (off_t)offset);
+
+        if (done < 0 && errno == EINTR) {
+            continue;
+        }
+        if (done < 0) {
+            struct result r = result_errno(RESULT_HOST,
+                                           "writing to a RAM block", errno);
+
+            r.offset = offset;
+            return r;
+        }
+        offset += (uint64_t)done;
+        while (count && (size_t)done >= iov->iov_len) {
+            done -= (ssize_t)iov->iov_len;
+            iov++;
+            count--;
+        }
+        if (count && done) {
+            iov->iov_base = (uint8_t *)iov->iov_base + done;
+            iov->iov_len -= (size_t)done;
+        }
+    }
+    return result_ok();
+}
+
+static struct result write_zeroes(struct destination *d, struct ram_block *b,
+                                  uint64_t offset, uint64_t length)
+{
+    struct iovec iov = { .iov_base = d->zeroes, .iov_len = (size_t)length };
+
+    if (b->map) {
+        memset(b->map + offset, 0, (size_t)length);
+        return result_ok();
+    }
+    return write_file(b, offset, &iov, 1);
+}
+
+static void copy_to_map(struct ram_block *b, uint64_t offset,
+                        const struct iovec *iov, uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        memcpy(b->map + offset, iov[i].iov_base, iov[i].iov_len);
+        offset += iov[i].iov_len;
+    }
+}
+
+struct result place_early(struct destination *d, struct ram_block *b,
+                          uint64_t page, struct iovec *iov, uint32_t count)
+{
+    uint64_t offset = page << TARGET_PAGE_BITS;
+    uint64_t host = page >> block_pages_bits(b);
+    uint64_t last = (page + count - 1) >> block_pages_bits(b);
+    struct result r = result_ok();
+
+    (void)d;
+    if (b->map) {
+        copy_to_map(b, offset, iov, count);
+    } else {
+        r = write_file(b, offset, iov, count);
+    }
+    bitmap_set_range(&b->populated, host, last - host + 1);
+    bitmap_set_range(&b->received, page, count);
+    return r;
+}
+
+struct result place_early_zero(struct destination *d, struct ram_block *b,
+                               uint64_t page)
+{
+    struct result r = result_ok();
+
+    if (bitmap_test(&b->populated, page >> block_pages_bits(b))) {
+        r = write_zeroes(d, b, page << TARGET_PAGE_BITS, TARGET_PAGE_SIZE);
+    }
+    bitmap_test_and_set(&b->received, page);
+    return r;
+}
+
+/* --- postcopy ----------------------------------------------------------- */
+
+static uint64_t address_of(const struct ram_block *b, uint64_t host)
+{
+    return b->base + (host << b->host_bits);
+}
+
+bool place_claim(struct destination *d, struct ram_block *b, uint64_t host)
+{
+    if (bitmap_test_and_set(&b->claimed, host)) {
+        STATS_ADD(d->stats.duplicate_pages, block_pages_per_host(b));
+        return false;
+    }
+    return true;
+}
+
+static void mark_received(struct ram_block *b, uint64_t host, uint64_t count)
+{
+    bitmap_set_range(&b->received, host << block_pages_bits(b),
+                     count << block_pages_bits(b));
+}
+
+/* The guest can use these: nobody waits for them any more. */
+static void account(struct destination *d, struct ram_block *b, uint64_t host,
+                    uint64_t count)
+{
+    waiting_end(&d->waiting, b, host, count);
+    if (__atomic_sub_fetch(&d->missing, count, __ATOMIC_SEQ_CST) == 0) {
+        note_complete(d);
+    }
+}
+
+static struct result map_range(struct destination *d, struct ram_block *b,
+                               uint64_t host, uint64_t count)
+{
+    struct result r = uffd_continue(d->uffd, address_of(b, host),
+                                    count << b->host_bits, b->page_size);
+
+    if (RESULT_IS_OK(r)) {
+        bitmap_set_range(&b->mapped, host, count);
+    }
+    return r;
+}
+
+static struct result copy_pages(struct destination *d, struct ram_block *b,
+                                uint64_t host, const struct iovec *iov,
+                                uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++) {
+        struct result r = uffd_copy(d->uffd, address_of(b, host + i),
+                                    iov[i].iov_base, b->page_size,
+                                    b->page_size);
+
+        if (!RESULT_IS_OK(r)) {
+            return r;
+        }
+    }
+    mark_received(b, host, count);
+    return result_ok();
+}
+
+static struct result write_pages(struct destination *d, struct ram_block *b,
+                                 uint64_t host, struct iovec *iov,
+                                 uint32_t count)
+{
+    struct result r = write_file(b, host << b->host_bits, iov, count);
+
+    if (!RESULT_IS_OK(r)) {
+        return r;
+    }
+    bitmap_set_range(&b->populated, host, count);
+    mark_received(b, host, count);
+    return d->way == PLACE_CONTINUE ? map_range(d, b, host, count) : r;
+}
+
+struct result place_pages(struct destination *d, struct ram_block *b,
+                          uint64_t host, struct iovec *iov, uint32_t count)
+{
+    struct result r = d->way == PLACE_COPY ?
+        copy_pages(d, b, host, iov, count) :
+        write_pages(d, b, host, iov, count);
+
+    if (RESULT_IS_OK(r)) {
+        account(d, b, host, count);
+    }
+    return r;
+}
+
+/* The page is here and a hole: make it a page of zeroes in the guest. */
+static struct result resolve_hole(struct destination *d, struct ram_block *b,
+                                  uint64_t host)
+{
+    if (!block_is_huge(b)) {
+        return uffd_zero(d->uffd, address_of(b, host), b->page_size,
+                         b->page_size);
+    }
+    /* hugetlbfs has no UFFDIO_ZEROPAGE. */
+    if (d->way == PLACE_COPY) {
+        return uffd_copy(d->uffd, address_of(b, host), d->zeroes,
+                         b->page_size, b->page_size);
+    }
+    *(volatile uint8_t *)(b->map + (host << b->host_bits));
+    bitmap_test_and_set(&b->populated, host);
+    return map_range(d, b, host, 1);
+}
+
+struct result place_zero(struct destination *d, struct ram_block *b,
+                         uint64_t host)
+{
+    bool stale = bitmap_test(&b->populated, host);
+    struct result r = result_ok();
+
+    if (stale && d->way != PLACE_COPY) {
+        r = write_zeroes(d, b, host << b->host_bits, b->page_size);
+    }
+    if (!RESULT_IS_OK(r)) {
+        return r;
+    }
+    mark_received(b, host, 1);
+    if (d->way != PLACE_FILE && bitmap_test(&b->requested, host)) {
+        r = place_resolve(d, b, host);
+    }
+    if (RESULT_IS_OK(r)) {
+        account(d, b, host, 1);
+    }
+    return r;
+}
+
+uint8_t *place_huge_at(struct destination *d, struct ram_block *b,
+                       uint64_t host, uint8_t *scratch)
+{
+    return d->way == PLACE_COPY ? scratch : b->map + (host << b->host_bits);
+}
+
+struct result place_huge(struct destination *d, struct ram_block *b,
+                         uint64_t host, const uint8_t *data)
+{
+    struct iovec iov = { .iov_base = (void *)(uintptr_t)data,
+                         .iov_len = (size_t)b->page_size };
+    struct result r = result_ok();
+
+    if (d->way == PLACE_COPY) {
+        r = copy_pages(d, b, host, &iov, 1);
+    } else {
+        bitmap_test_and_set(&b->populated, host);
+        mark_received(b, host, 1);
+        if (d->way == PLACE_CONTINUE) {
+            r = map_range(d, b, host, 1);
+        }
+    }
+    if (RESULT_IS_OK(r)) {
+        account(d, b, host, 1);
+    }
+    return r;
+}
+
+/* Here, in the file, and not known to be mapped: worth a UFFDIO_CONTINUE. */
+static bool can_map(const struct ram_block *b, uint64_t host)
+{
+    return place_is_here(b, host) && bitmap_test(&b->populated, host) &&
+           !bitmap_test(&b->mapped, host);
+}
+
+/* Map every run of pages in [host, end) that can be. */
+static struct result map_runs(struct destination *d, struct ram_block *b,
+                              uint64_t host, uint64_t end)
+{
+    while (host < end) {
+        uint64_t first = host;
+        struct result r;
+
+        while (host < end && can_map(b, host)) {
+            host++;
+        }
+        if (host == first) {
+            host++;
+            continue;
+        }
+        r = map_range(d, b, first, host - first);
+        if (!RESULT_IS_OK(r)) {
+            return r;
+        }
+    }
+    return result_ok();
+}
+
+struct result place_resolve(struct destination *d, struct ram_block *b,
+                            uint64_t host)
+{
+    uint64_t around = NEIGHBOURHOOD >> b->host_bits;
+    struct result r;
+
+    if (d->way == PLACE_COPY || !bitmap_test(&b->populated, host)) {
+        return resolve_hole(d, b, host);
+    }
+    /* Whether it is mapped or not: this wakes who waits. */
+    r = map_range(d, b, host, 1);
+    if (r.kind == RESULT_HOST && r.err == EFAULT) {
+        /* The guest gave the page back meanwhile; it reads as zero now. */
+        return resolve_hole(d, b, host);
+    }
+    if (RESULT_IS_OK(r) && around > 1) {
+        uint64_t first = host / around * around;
+        uint64_t end = first + around;
+
+        r = map_runs(d, b, first, end < block_hosts(b) ? end : block_hosts(b));
+    }
+    return r;
+}
+
+static bool readable(int fd)
+{
+    struct pollfd p = { .fd = fd, .events = POLLIN };
+
+    return poll(&p, 1, 0) > 0;
+}
+
+static struct result sweep_block(struct destination *d, struct ram_block *b,
+                                 int stop_fd)
+{
+    uint64_t chunk = SWEEP_CHUNK >> b->host_bits;
+    uint64_t hosts = block_hosts(b);
+
+    for (uint64_t host = 0; host < hosts; host += chunk) {
+        uint64_t end = host + chunk < hosts ? host + chunk : hosts;
+        struct result r = map_runs(d, b, host, end);
+
+        if (!RESULT_IS_OK(r)) {
+            return r;
+        }
+        if (readable(stop_fd)) {
+            return result_of(RESULT_STOPPED, "stopped");
+        }
+    }
+    return result_ok();
+}
+
+struct result place_sweep(struct destination *d, int stop_fd)
+{
+    if (d->way != PLACE_CONTINUE) {
+        return result_ok();
+    }
+    for (uint32_t i = 0; i < d->ram->count; i++) {
+        struct result r = sweep_block(d, &d->ram->blocks[i], stop_fd);
+
+        if (!RESULT_IS_OK(r)) {
+            return r;
+        }
+    }
+    return result_ok();
+}

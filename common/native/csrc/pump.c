@@ -1,0 +1,546 @@
+#include "pump.h"
+
+#include "zero.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+/* A page's head and its data, the section's head and tail. */
+#define BATCH_IOVS (2 * BATCH_PAGES + 2)
+#define BATCH_HEADS (BATCH_PAGES * WIRE_HEADER_MAX + WIRE_PART_HEAD + \
+                     WIRE_PART_TAIL)
+/*
+ * While pages are owed and requests share the main channel, a request waits
+ * for at most this much in front of it.
+ */
+#define POSTCOPY_BATCH_PAGES 64
+#define POSTCOPY_UNSENT_MAX (128u * 1024)
+/* A limited stream is cut into pieces of this time. */
+#define SLICES_PER_SECOND 100
+
+static struct result batch_open(struct batch *b)
+{
+    *b = (struct batch){ 0 };
+    b->iov = calloc(BATCH_IOVS, sizeof(*b->iov));
+    b->heads = malloc(BATCH_HEADS);
+    if (!b->iov || !b->heads) {
+        return result_errno(RESULT_HOST, "page batch", ENOMEM);
+    }
+    return result_ok();
+}
+
+static void batch_close(struct batch *b)
+{
+    free(b->iov);
+    free(b->heads);
+    *b = (struct batch){ 0 };
+}
+
+struct result source_open(struct source *s, struct ram *ram,
+                          uint32_t section_id)
+{
+    struct result r;
+
+    *s = (struct source){ .ram = ram, .section_id = section_id };
+    s->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (s->wake_fd < 0) {
+        return result_errno(RESULT_HOST, "eventfd", errno);
+    }
+    r = batch_open(&s->batch);
+    if (RESULT_IS_OK(r)) {
+        r = batch_open(&s->urgent_batch);
+    }
+    return r;
+}
+
+void source_close(struct source *s)
+{
+    batch_close(&s->batch);
+    batch_close(&s->urgent_batch);
+    if (s->wake_fd >= 0) {
+        close(s->wake_fd);
+    }
+    s->wake_fd = -1;
+}
+
+void source_connect(struct source *s, struct channel *main_channel,
+                    struct channel *urgent)
+{
+    s->main = main_channel;
+    s->urgent = urgent;
+    s->asked = NULL;
+    s->cursor_block = 0;
+    s->cursor_page = 0;
+    __atomic_store_n(&s->ended, 0, __ATOMIC_SEQ_CST);
+}
+
+static void wake(struct source *s)
+{
+    uint64_t one = 1;
+
+    /* Full means that it is readable already. */
+    (void)!write(s->wake_fd, &one, sizeof(one));
+}
+
+void source_limit(struct source *s, uint64_t bytes_per_second)
+{
+    limit_set(&s->limit, bytes_per_second);
+    wake(s);
+}
+
+void source_yield(struct source *s, bool yield)
+{
+    __atomic_store_n(&s->yield, yield, __ATOMIC_SEQ_CST);
+    wake(s);
+}
+
+/* --- batches ----------------------------------------------------------- */
+
+static void batch_reset(struct batch *b)
+{
+    b->iov_count = 0;
+    b->head_used = 0;
+    b->head_open = 0;
+    b->pages = 0;
+    b->zeros = 0;
+    b->last = NULL;
+}
+
+/* Heads that follow each other are one iovec. */
+static void batch_flush_heads(struct batch *b)
+{
+    if (b->head_used > b->head_open) {
+        b->iov[b->iov_count++] = (struct iovec){
+            .iov_base = b->heads + b->head_open,
+            .iov_len = b->head_used - b->head_open,
+        };
+        b->head_open = b->head_used;
+    }
+}
+
+/* `data` NULL: a zero page. */
+static void batch_add(struct batch *b, const struct ram_block *block,
+                      uint64_t offset, const uint8_t *data)
+{
+    b->head_used += wire_put_record(b->heads + b->head_used, block, offset,
+                                    !data, &b->last);
+    b->pages++;
+    if (!data) {
+        b->zeros++;
+        return;
+    }
+    batch_flush_heads(b);
+    b->iov[b->iov_count++] = (struct iovec){
+        .iov_base = (void *)(uintptr_t)data,
+        .iov_len = TARGET_PAGE_SIZE,
+    };
+}
+
+static void batch_begin_part(struct batch *b, uint32_t section_id)
+{
+    batch_reset(b);
+    b->head_used += wire_put_part_head(b->heads, section_id);
+}
+
+static void batch_end_part(struct batch *b, uint32_t section_id)
+{
+    b->head_used += wire_put_part_tail(b->heads + b->head_used, section_id);
+    batch_flush_heads(b);
+}
+
+static uint64_t batch_bytes(const struct batch *b)
+{
+    return b->head_used + (uint64_t)(b->pages - b->zeros) * TARGET_PAGE_SIZE;
+}
+
+/* --- where the bytes of a page are ------------------------------------- */
+
+/* Reading a hole of a memfd through a mapping would allocate it. */
+static void extent_find(struct extent *e, const struct ram_block *b,
+                        uint64_t offset)
+{
+    off_t data = lseek(b->fd, (off_t)offset, SEEK_DATA);
+    off_t end;
+
+    *e = (struct extent){ .block = b, .start = offset, .data = offset,
+                          .end = b->length };
+    if (data < 0) {
+        /* ENXIO: a hole up to the end. Else the file system can't tell. */
+        e->data = errno == ENXIO ? b->length : offset;
+        return;
+    }
+    end = lseek(b->fd, data, SEEK_HOLE);
+    e->data = (uint64_t)data < b->length ? (uint64_t)data : b->length;
+    if (end >= 0 && (uint64_t)end < b->length) {
+        e->end = (uint64_t)end;
+    }
+}
+
+/* The page's bytes, or NULL if it is a zero page. */
+static const uint8_t *page_data(struct source *s, struct extent *e,
+                                const struct ram_block *b, uint64_t offset)
+{
+    if (e->block != b || offset < e->start || offset >= e->end) {
+        extent_find(e, b, offset);
+    }
+    if (offset < e->data) {
+        STATS_ADD(s->stats.hole_pages, 1);
+        return NULL;
+    }
+    return page_is_zero(b->map + offset) ? NULL : b->map + offset;
+}
+
+static void add_page(struct source *s, struct batch *batch, struct extent *e,
+                     const struct ram_block *b, uint64_t page)
+{
+    uint64_t offset = page << TARGET_PAGE_BITS;
+
+    batch_add(batch, b, offset, page_data(s, e, b, offset));
+}
+
+static void count_batch(struct source *s, const struct batch *b)
+{
+    STATS_ADD(s->stats.zero_pages, b->zeros);
+    STATS_ADD(s->stats.normal_pages, b->pages - b->zeros);
+}
+
+/* --- background --------------------------------------------------------- */
+
+static uint32_t batch_size(const struct source *s, uint32_t most)
+{
+    uint64_t rate = __atomic_load_n(&s->limit.rate, __ATOMIC_RELAXED);
+    uint64_t pages = rate / SLICES_PER_SECOND / TARGET_PAGE_SIZE;
+
+    if (rate == 0 || pages >= most) {
+        return most;
+    }
+    return pages ? (uint32_t)pages : 1;
+}
+
+static bool must_yield(const struct source *s)
+{
+    return __atomic_load_n(&s->yield, __ATOMIC_SEQ_CST);
+}
+
+/* Wait until the limit lets us go on, or somebody changes our orders. */
+static struct result wait_for_limit(struct source *s)
+{
+    for (;;) {
+        uint64_t ns = limit_wait_ns(&s->limit);
+        uint64_t drained;
+        struct result r;
+
+        if (ns == 0 || must_yield(s)) {
+            return result_ok();
+        }
+        r = channel_poll(s->wake_fd, s->main->stop_fd, POLLIN,
+                         (int)(ns / 1000000 + 1));
+        if (!RESULT_IS_OK(r)) {
+            return r;
+        }
+        (void)!read(s->wake_fd, &drained, sizeof(drained));
+    }
+}
+
+static struct result write_part(struct source *s, struct batch *b)
+{
+    struct result r;
+
+    batch_end_part(b, s->section_id);
+    limit_take(&s->limit, batch_bytes(b));
+    if (channel_lock(s->main)) {
+        STATS_ADD(s->stats.background_waits, 1);
+    }
+    r = channel_writev_locked(s->main, b->iov, b->iov_count);
+    channel_unlock(s->main);
+    count_batch(s, b);
+    return r;
+}
+
+/* The next dirty page at or after the cursor; false at the end of the pass. */
+static bool next_dirty(struct source *s, struct ram_block **block,
+                       uint64_t *page)
+{
+    while (s->cursor_block < s->ram->count) {
+        struct ram_block *b = &s->ram->blocks[s->cursor_block];
+        uint64_t p = bitmap_next_set(&b->dirty, s->cursor_page);
+
+        if (p < b->dirty.bits) {
+            *block = b;
+            *page = p;
+            s->cursor_page = p + 1;
+            return true;
+        }
+        s->cursor_block++;
+        s->cursor_page = 0;
+    }
+    return false;
+}
+
+/* Bits are cleared before the page is read: a later write sets them again. */
+static bool fill_precopy(struct source *s, struct batch *batch, uint32_t most)
+{
+    struct ram_block *b;
+    uint64_t page;
+
+    batch_begin_part(batch, s->section_id);
+    while (batch->pages < most && next_dirty(s, &b, &page)) {
+        bitmap_test_and_clear(&b->dirty, page);
+        add_page(s, batch, &s->extent, b, page);
+    }
+    return batch->pages > 0;
+}
+
+struct result pump_precopy(struct source *s)
+{
+    s->cursor_block = 0;
+    s->cursor_page = 0;
+    s->extent = (struct extent){ 0 };
+    while (!must_yield(s)) {
+        struct result r = wait_for_limit(s);
+
+        if (RESULT_IS_OK(r) && must_yield(s)) {
+            break;
+        }
+        if (RESULT_IS_OK(r) &&
+            !fill_precopy(s, &s->batch, batch_size(s, BATCH_PAGES))) {
+            return r;
+        }
+        if (RESULT_IS_OK(r)) {
+            r = write_part(s, &s->batch);
+        }
+        if (!RESULT_IS_OK(r)) {
+            return r;
+        }
+    }
+    return result_of(RESULT_STOPPED, "yield");
+}
+
+uint64_t source_dirty_pages(const struct source *s)
+{
+    uint64_t pages = 0;
+
+    for (uint32_t i = 0; i < s->ram->count; i++) {
+        pages += bitmap_count(&s->ram->blocks[i].dirty);
+    }
+    return pages;
+}
+
+/* --- postcopy ----------------------------------------------------------- */
+
+static void owe_block(struct ram_block *b)
+{
+    uint64_t page = bitmap_next_set(&b->dirty, 0);
+
+    while (page < b->dirty.bits) {
+        uint64_t end = bitmap_next_clear(&b->dirty, page);
+        uint64_t first = page >> block_pages_bits(b);
+        uint64_t last = (end - 1) >> block_pages_bits(b);
+
+        bitmap_set_range(&b->owed, first, last - first + 1);
+        page = bitmap_next_set(&b->dirty, end);
+    }
+}
+
+uint64_t source_owe_dirty(struct source *s)
+{
+    for (uint32_t i = 0; i < s->ram->count; i++) {
+        owe_block(&s->ram->blocks[i]);
+    }
+    if (source_owed_pages(s) == 0) {
+        bitmap_test_and_set(&s->ram->blocks[0].owed, 0);
+    }
+    s->cursor_block = 0;
+    s->cursor_page = 0;
+    s->extent = (struct extent){ 0 };
+    return source_owed_pages(s);
+}
+
+uint64_t source_owed_pages(const struct source *s)
+{
+    uint64_t pages = 0;
+
+    for (uint32_t i = 0; i < s->ram->count; i++) {
+        const struct ram_block *b = &s->ram->blocks[i];
+
+        pages += bitmap_count(&b->owed) * block_pages_per_host(b);
+    }
+    return pages;
+}
+
+bool source_owed_range(const struct source *s, uint32_t block,
+                       uint64_t *offset, uint64_t *length)
+{
+    const struct ram_block *b = &s->ram->blocks[block];
+    uint64_t first = bitmap_next_set(&b->owed, *offset >> b->host_bits);
+
+    if (first >= b->owed.bits) {
+        return false;
+    }
+    *offset = first << b->host_bits;
+    *length = (bitmap_next_clear(&b->owed, first) - first) << b->host_bits;
+    return true;
+}
+
+/* Whoever clears the bit sends the page. */
+static bool claim(struct ram_block *b, uint64_t host)
+{
+    return bitmap_test_and_clear(&b->owed, host);
+}
+
+static void add_host_page(struct source *s, struct batch *batch,
+                          struct extent *e, const struct ram_block *b,
+                          uint64_t host)
+{
+    uint64_t first = host << block_pages_bits(b);
+
+    for (uint64_t i = 0; i < block_pages_per_host(b); i++) {
+        add_page(s, batch, e, b, first + i);
+    }
+}
+
+/*
+ * Without a preempt channel the scan goes on behind the requested page: its
+ * neighbours are likely next. The hint is 1 + block << HINT_BITS + host page.
+ */
+#define HINT_BITS 48
+
+static void leave_hint(struct source *s, const struct ram_block *b,
+                       uint64_t host)
+{
+    uint64_t block = (uint64_t)(b - s->ram->blocks);
+
+    if (s->urgent == s->main) {
+        __atomic_store_n(&s->hint, 1 + (block << HINT_BITS | host),
+                         __ATOMIC_RELAXED);
+    }
+}
+
+static void take_hint(struct source *s)
+{
+    uint64_t hint = __atomic_exchange_n(&s->hint, 0, __ATOMIC_RELAXED);
+
+    if (hint) {
+        s->cursor_block = (uint32_t)((hint - 1) >> HINT_BITS);
+        s->cursor_page = (hint - 1) & ((UINT64_C(1) << HINT_BITS) - 1);
+    }
+}
+
+/* The next host page that is owed, from the cursor on and around. */
+static bool next_owed(struct source *s, struct ram_block **block,
+                      uint64_t *host)
+{
+    for (uint32_t i = 0; i <= s->ram->count; i++) {
+        struct ram_block *b = &s->ram->blocks[s->cursor_block];
+        uint64_t h = bitmap_next_set(&b->owed, s->cursor_page);
+
+        if (h < b->owed.bits) {
+            *block = b;
+            *host = h;
+            s->cursor_page = h + 1;
+            return true;
+        }
+        s->cursor_block = (s->cursor_block + 1) % s->ram->count;
+        s->cursor_page = 0;
+    }
+    return false;
+}
+
+static bool fill_postcopy(struct source *s, struct batch *batch, uint32_t most)
+{
+    struct ram_block *b;
+    uint64_t host;
+
+    batch_begin_part(batch, s->section_id);
+    take_hint(s);
+    while (batch->pages < most && next_owed(s, &b, &host)) {
+        if (batch->pages + block_pages_per_host(b) > BATCH_PAGES) {
+            s->cursor_page = host; /* it opens the next batch */
+            break;
+        }
+        if (claim(b, host)) {
+            add_host_page(s, batch, &s->extent, b, host);
+        }
+    }
+    return batch->pages > 0;
+}
+
+struct result pump_postcopy(struct source *s)
+{
+    channel_limit_unsent(s->main, POSTCOPY_UNSENT_MAX);
+    for (;;) {
+        struct result r = wait_for_limit(s);
+
+        if (RESULT_IS_OK(r)) {
+            r = channel_wait_room(s->main);
+        }
+        if (RESULT_IS_OK(r) &&
+            !fill_postcopy(s, &s->batch,
+                           batch_size(s, POSTCOPY_BATCH_PAGES))) {
+            break;
+        }
+        if (RESULT_IS_OK(r)) {
+            r = write_part(s, &s->batch);
+        }
+        if (!RESULT_IS_OK(r)) {
+            return r;
+        }
+        STATS_ADD(s->stats.background_pages, s->batch.pages);
+    }
+    /* An urgent page that was claimed is written when the lock is free. */
+    channel_lock(s->urgent);
+    channel_unlock(s->urgent);
+    return result_ok();
+}
+
+static struct result write_urgent_locked(struct source *s,
+                                         struct ram_block *b, uint64_t host)
+{
+    struct batch *batch = &s->urgent_batch;
+    bool own_channel = s->urgent != s->main;
+
+    if (own_channel) {
+        batch_reset(batch);
+        batch->last = s->urgent->last_block;
+    } else {
+        batch_begin_part(batch, s->section_id);
+    }
+    add_host_page(s, batch, &s->urgent_extent, b, host);
+    if (own_channel) {
+        s->urgent->last_block = batch->last;
+        batch_flush_heads(batch);
+    } else {
+        batch_end_part(batch, s->section_id);
+    }
+    return channel_writev_locked(s->urgent, batch->iov, batch->iov_count);
+}
+
+struct result pump_urgent(struct source *s, struct ram_block *block,
+                          uint64_t offset)
+{
+    uint64_t host = offset >> block->host_bits;
+    struct result r = result_ok();
+    bool owed;
+
+    channel_lock(s->urgent);
+    owed = claim(block, host);
+    if (owed) {
+        r = write_urgent_locked(s, block, host);
+    }
+    channel_unlock(s->urgent);
+    if (!owed) {
+        STATS_ADD(s->stats.requests_late, 1);
+        return r;
+    }
+    leave_hint(s, block, host);
+    count_batch(s, &s->urgent_batch);
+    STATS_ADD(s->stats.urgent_pages, s->urgent_batch.pages);
+    if (s->urgent != s->main) {
+        STATS_ADD(s->stats.urgent_on_preempt, s->urgent_batch.pages);
+    }
+    return r;
+}

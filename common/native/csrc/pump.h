@@ -1,0 +1,124 @@
+/*
+ * The source's data plane: background pages, urgent pages.
+ *
+ * One thread runs pump_precopy() or pump_postcopy(), one runs rpath_run()
+ * (rpath.h), which answers page requests itself: an urgent page waits for no
+ * other thread to wake up.
+ *
+ * Exactly once. In postcopy a host page is sent by whoever clears its bit in
+ * the block's `owed` bitmap. The pump clears bits before it takes a lock; the
+ * request server clears them only while it holds the lock of the channel that
+ * will carry the page. So when the pump has found no bit set and then held the
+ * urgent channel's lock once, nothing more will be sent, and END may follow.
+ *
+ * Lock order: there is one lock, a channel's; nobody holds two.
+ */
+#ifndef POSTCOPY_PUMP_H
+#define POSTCOPY_PUMP_H
+
+#include "channel.h"
+#include "limit.h"
+#include "stats.h"
+#include "wire.h"
+
+/* Bounded by IOV_MAX: two iovecs a page. One 2 MiB host page fills it. */
+#define BATCH_PAGES 512
+
+struct source_stats {
+    uint64_t normal_pages;   /* sent with data, precopy and postcopy */
+    uint64_t zero_pages;     /* sent as ZERO records */
+    uint64_t background_pages; /* target pages, in postcopy, unasked */
+    uint64_t urgent_pages;   /* target pages, in postcopy, requested */
+    uint64_t urgent_on_preempt; /* of these, on the preempt channel */
+    uint64_t requests;       /* messages that asked for pages */
+    uint64_t requests_late;  /* of these, for pages already sent */
+    uint64_t background_waits; /* the pump waited for a channel's lock */
+    uint64_t hole_pages;     /* of zero_pages, found without reading them */
+    struct histogram serve;  /* request read .. page handed to the kernel */
+};
+
+struct batch {
+    struct iovec *iov;
+    size_t iov_count;
+    uint8_t *heads;
+    size_t head_used;
+    size_t head_open;  /* start of the heads not yet in iov */
+    uint32_t pages;
+    uint32_t zeros;
+    const struct ram_block *last;
+};
+
+/* Where in a block there is data, so that holes are not read. */
+struct extent {
+    const struct ram_block *block;
+    uint64_t start; /* [start, data) is a hole, [data, end) is data */
+    uint64_t data;
+    uint64_t end;
+};
+
+struct source {
+    struct ram *ram;
+    struct channel *main;
+    struct channel *urgent; /* the preempt channel, or main without one */
+    uint32_t section_id;
+    struct limit limit;     /* of background pages */
+    int wake_fd;            /* eventfd: look at limit and yield again */
+    uint32_t yield;         /* atomic: leave the pass as soon as possible */
+    uint32_t ended;         /* atomic: EOF was written, closing is no error */
+    uint64_t hint;          /* atomic: 1 + where a request was, see pump.c */
+
+    uint32_t cursor_block;  /* pump thread only, as the next three */
+    uint64_t cursor_page;
+    struct batch batch;
+    struct extent extent;
+
+    struct batch urgent_batch; /* request server only, as the next two */
+    struct extent urgent_extent;
+    struct ram_block *asked;
+
+    struct source_stats stats;
+};
+
+struct result source_open(struct source *s, struct ram *ram,
+                          uint32_t section_id);
+void source_close(struct source *s);
+/* A new epoch: channels are new, the cursors start over. */
+void source_connect(struct source *s, struct channel *main_channel,
+                    struct channel *urgent);
+void source_limit(struct source *s, uint64_t bytes_per_second);
+void source_yield(struct source *s, bool yield);
+
+/*
+ * One pass over the dirty bitmaps. RESULT_OK: all that was dirty is written;
+ * RESULT_STOPPED with what "yield" when source_yield() cut it short.
+ */
+struct result pump_precopy(struct source *s);
+
+/* How many target pages are dirty. */
+uint64_t source_dirty_pages(const struct source *s);
+
+/*
+ * The guest has stopped: what is dirty, by whole host pages, becomes owed.
+ * If nothing is, the first host page is, since a destination may insist on at
+ * least one discard. Returns the number of host pages owed.
+ */
+uint64_t source_owe_dirty(struct source *s);
+uint64_t source_owed_pages(const struct source *s);
+/*
+ * The next range of owed host pages of a block at or after `*offset`, in
+ * bytes; false if there is none.
+ */
+bool source_owed_range(const struct source *s, uint32_t block,
+                       uint64_t *offset, uint64_t *length);
+
+/* Send all that is owed; RESULT_OK when nothing is left and in flight. */
+struct result pump_postcopy(struct source *s);
+
+/*
+ * Send the host page at `offset` as urgent, unless it was sent already. For
+ * the request server.
+ */
+struct result pump_urgent(struct source *s, struct ram_block *block,
+                          uint64_t offset);
+
+#endif

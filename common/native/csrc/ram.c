@@ -1,0 +1,180 @@
+#include "ram.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+
+struct result ram_open(struct ram *ram, uint32_t capacity)
+{
+    *ram = (struct ram){ 0 };
+    if (capacity == 0 || capacity > RAM_BLOCKS_MAX) {
+        return result_errno(RESULT_HOST, "number of RAM blocks", EINVAL);
+    }
+    ram->blocks = calloc(capacity, sizeof(*ram->blocks));
+    if (!ram->blocks) {
+        return result_errno(RESULT_HOST, "table of RAM blocks", ENOMEM);
+    }
+    ram->capacity = capacity;
+    return result_ok();
+}
+
+void ram_close(struct ram *ram)
+{
+    for (uint32_t i = 0; i < ram->count; i++) {
+        struct ram_block *b = &ram->blocks[i];
+
+        if (b->map) {
+            munmap(b->map, b->map_length);
+        }
+        bitmap_close(&b->dirty);
+        bitmap_close(&b->owed);
+        bitmap_close(&b->received);
+        bitmap_close(&b->requested);
+        bitmap_close(&b->claimed);
+        bitmap_close(&b->populated);
+        bitmap_close(&b->mapped);
+    }
+    free(ram->blocks);
+    *ram = (struct ram){ 0 };
+}
+
+static struct result check_geometry(const char *idstr, uint64_t length,
+                                    uint64_t page_size, int fd)
+{
+    size_t name = strlen(idstr);
+    struct stat st;
+
+    if (name == 0 || name > IDSTR_MAX) {
+        return result_errno(RESULT_HOST, "RAM block name", EINVAL);
+    }
+    if (page_size < TARGET_PAGE_SIZE || (page_size & (page_size - 1))) {
+        return result_errno(RESULT_HOST, "RAM block page size", EINVAL);
+    }
+    if (length == 0 || length % page_size || length > INT64_MAX) {
+        return result_errno(RESULT_HOST, "RAM block length", EINVAL);
+    }
+    if (fstat(fd, &st) < 0) {
+        return result_errno(RESULT_HOST, "fstat of a RAM block", errno);
+    }
+    /* A mapping past the end of its file is a SIGBUS waiting to happen. */
+    if ((uint64_t)st.st_size < length) {
+        return result_errno(RESULT_HOST, "RAM block file is too short", EINVAL);
+    }
+    return result_ok();
+}
+
+struct result ram_add(struct ram *ram, const char *idstr, uint64_t length,
+                      uint64_t page_size, uint64_t base, int fd)
+{
+    struct result r = check_geometry(idstr, length, page_size, fd);
+    struct ram_block *b;
+
+    if (!RESULT_IS_OK(r)) {
+        return r;
+    }
+    if (ram->count == ram->capacity) {
+        return result_errno(RESULT_HOST, "too many RAM blocks", ENOSPC);
+    }
+    if (ram_find(ram, idstr, strlen(idstr))) {
+        return result_errno(RESULT_HOST, "RAM block named twice", EEXIST);
+    }
+    b = &ram->blocks[ram->count++];
+    b->idstr_length = (uint8_t)strlen(idstr);
+    memcpy(b->idstr, idstr, b->idstr_length);
+    b->length = length;
+    b->page_size = page_size;
+    b->host_bits = (unsigned)__builtin_ctzll(page_size);
+    b->base = base;
+    b->fd = fd;
+    b->dirty.fd = b->owed.fd = b->received.fd = -1;
+    b->requested.fd = b->claimed.fd = b->populated.fd = b->mapped.fd = -1;
+    ram->total += length;
+    return result_ok();
+}
+
+static struct result map_block(struct ram_block *b, int protection)
+{
+    void *map = mmap(NULL, (size_t)b->length, protection, MAP_SHARED, b->fd, 0);
+
+    if (map == MAP_FAILED) {
+        return result_errno(RESULT_HOST, "mmap of a RAM block", errno);
+    }
+    b->map = map;
+    b->map_length = (size_t)b->length;
+    return result_ok();
+}
+
+struct result ram_prepare_source(struct ram *ram)
+{
+    for (uint32_t i = 0; i < ram->count; i++) {
+        struct ram_block *b = &ram->blocks[i];
+        struct result r = map_block(b, PROT_READ);
+
+        if (RESULT_IS_OK(r)) {
+            r = bitmap_open(&b->dirty, block_pages(b));
+        }
+        if (RESULT_IS_OK(r)) {
+            r = bitmap_open(&b->owed, block_hosts(b));
+        }
+        if (!RESULT_IS_OK(r)) {
+            return r;
+        }
+    }
+    return result_ok();
+}
+
+struct result ram_prepare_destination(struct ram *ram)
+{
+    for (uint32_t i = 0; i < ram->count; i++) {
+        struct ram_block *b = &ram->blocks[i];
+        /* write() does not work on hugetlbfs: those are filled by mapping. */
+        struct result r = block_is_huge(b) ?
+            map_block(b, PROT_READ | PROT_WRITE) : result_ok();
+
+        if (RESULT_IS_OK(r)) {
+            r = bitmap_open(&b->received, block_pages(b));
+        }
+        if (RESULT_IS_OK(r)) {
+            r = bitmap_open(&b->requested, block_hosts(b));
+        }
+        if (RESULT_IS_OK(r)) {
+            r = bitmap_open(&b->claimed, block_hosts(b));
+        }
+        if (RESULT_IS_OK(r)) {
+            r = bitmap_open(&b->populated, block_hosts(b));
+        }
+        if (RESULT_IS_OK(r)) {
+            r = bitmap_open(&b->mapped, block_hosts(b));
+        }
+        if (!RESULT_IS_OK(r)) {
+            return r;
+        }
+    }
+    return result_ok();
+}
+
+struct ram_block *ram_find(struct ram *ram, const void *name, size_t length)
+{
+    for (uint32_t i = 0; i < ram->count; i++) {
+        struct ram_block *b = &ram->blocks[i];
+
+        if (b->idstr_length == length && !memcmp(b->idstr, name, length)) {
+            return b;
+        }
+    }
+    return NULL;
+}
+
+struct ram_block *ram_at(struct ram *ram, uint64_t address)
+{
+    for (uint32_t i = 0; i < ram->count; i++) {
+        struct ram_block *b = &ram->blocks[i];
+
+        if (b->base && address >= b->base && address - b->base < b->length) {
+            return b;
+        }
+    }
+    return NULL;
+}

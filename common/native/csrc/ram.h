@@ -1,0 +1,101 @@
+/*
+ * RAM blocks: named pieces of guest RAM, each behind one descriptor.
+ *
+ * The table is filled once, before any loop starts, and never changes its
+ * shape after that; only the bitmaps change, atomically.
+ *
+ * A *target page* is the unit of the wire, 4 KiB. A *host page* is the unit
+ * that the kernel places, page_size of the block. `page` is an index of target
+ * pages, `host` of host pages, `offset` is in bytes.
+ */
+#ifndef POSTCOPY_RAM_H
+#define POSTCOPY_RAM_H
+
+#include "bitmap.h"
+
+#include <stddef.h>
+
+#define TARGET_PAGE_BITS 12
+#define TARGET_PAGE_SIZE ((uint64_t)1 << TARGET_PAGE_BITS)
+#define IDSTR_MAX 255
+#define RAM_BLOCKS_MAX 4096
+
+struct ram_block {
+    char idstr[IDSTR_MAX + 1];
+    uint8_t idstr_length;
+    uint64_t length;
+    uint64_t page_size;
+    unsigned host_bits; /* log2 of page_size */
+    uint64_t base;      /* in the guest's process; 0 if nobody runs on it */
+    int fd;
+    uint8_t *map;       /* our mapping: the source reads through it, the
+                           destination writes huge pages through it */
+    size_t map_length;
+
+    /* Source. */
+    struct bitmap dirty; /* target pages still to send in precopy */
+    struct bitmap owed;  /* host pages still to send in postcopy */
+
+    /* Destination. */
+    struct bitmap received;  /* target pages that are here; see place.h */
+    struct bitmap requested; /* host pages asked for in this epoch */
+    struct bitmap claimed;   /* host pages some load loop is filling or has */
+    struct bitmap populated; /* host pages that hold memory in the file */
+    struct bitmap mapped;    /* host pages that the guest sees for certain */
+};
+
+struct ram {
+    struct ram_block *blocks;
+    uint32_t count;
+    uint32_t capacity;
+    uint64_t total; /* bytes, all blocks */
+};
+
+/* Room for `capacity` blocks; 1 to RAM_BLOCKS_MAX. */
+struct result ram_open(struct ram *ram, uint32_t capacity);
+/* Unmaps and frees; the blocks' descriptors stay the caller's. */
+void ram_close(struct ram *ram);
+
+/*
+ * Add a block. `length` must be a multiple of `page_size`, which is a power of
+ * two of at least TARGET_PAGE_SIZE, and within the file.
+ */
+struct result ram_add(struct ram *ram, const char *idstr, uint64_t length,
+                      uint64_t page_size, uint64_t base, int fd);
+
+/* The bitmaps and the mapping that each side needs. */
+struct result ram_prepare_source(struct ram *ram);
+struct result ram_prepare_destination(struct ram *ram);
+
+/* NULL if there is no such block. `name` needs no terminator. */
+struct ram_block *ram_find(struct ram *ram, const void *name, size_t length);
+/* The block that the guest's process maps at `address`, or NULL. */
+struct ram_block *ram_at(struct ram *ram, uint64_t address);
+
+static inline uint64_t block_pages(const struct ram_block *b)
+{
+    return b->length >> TARGET_PAGE_BITS;
+}
+
+static inline uint64_t block_hosts(const struct ram_block *b)
+{
+    return b->length >> b->host_bits;
+}
+
+static inline unsigned block_pages_bits(const struct ram_block *b)
+{
+    return b->host_bits - TARGET_PAGE_BITS;
+}
+
+/* Target pages in one host page. */
+static inline uint64_t block_pages_per_host(const struct ram_block *b)
+{
+    return UINT64_C(1) << block_pages_bits(b);
+}
+
+static inline bool block_is_huge(const struct ram_block *b)
+{
+    return b->page_size != TARGET_PAGE_SIZE;
+}
+
+#endif
