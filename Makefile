@@ -1,0 +1,52 @@
+# What one can do here; each line after a target's name says what it is.
+# Everything needs Debian 12; `make setup` installs the rest.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup build demo test lint format types unit native conformance \
+	integration fuzz soak clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
+
+setup: ## install packages, .venv, postcopyd in it, two QEMUs (root or sudo)
+	@.ci/setup
+
+build: setup ## the same: builds again what has changed
+
+demo: setup ## move a running guest on this machine, and look at its memory
+	@.venv/bin/python docs/examples/live_move.py
+
+test: ## every check but soak, in under 20 minutes
+	@.ci/run
+
+lint: ## ruff and clang-format
+	@.ci/run lint
+
+format: setup ## let ruff and clang-format write
+	@.venv/bin/ruff check --quiet --fix
+	@.venv/bin/ruff format --quiet
+	@find common docs tests -name '*.[ch]' | xargs clang-format -i
+
+types: ## mypy, strict
+	@.ci/run types
+
+unit: ## tests of single modules
+	@.ci/run unit
+
+native: ## C tests: plain, address and undefined, thread sanitizer
+	@.ci/run native
+
+conformance: ## against QEMU and others' QMP clients
+	@.ci/run conformance
+
+integration: ## two daemons and a guest, whose memory is checked
+	@.ci/run integration
+
+fuzz: ## malformed input; SECONDS=10 for each C target
+	@SECONDS=$(SECONDS) .ci/run fuzz
+
+soak: ## many migrations in a row
+	@.ci/run soak
+
+clean: ## remove .venv and everything built
+	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache .hypothesis
