@@ -22,6 +22,8 @@ of our own functions is a ValueError and not part of this tree.
 
 from __future__ import annotations
 
+import errno
+
 
 class MigrationError(Exception):
     """The base of the tree; `message` is the sentence without its evidence."""
@@ -49,7 +51,9 @@ class ChannelLost(MigrationError):
         self.errno = errno
 
     def __str__(self) -> str:
-        return self.message + _evidence(channel=self.channel, errno=self.errno)
+        return self.message + _evidence(
+            channel=self.channel, errno=_errno_name(self.errno)
+        )
 
 
 class StreamError(MigrationError):
@@ -107,7 +111,7 @@ class HostError(MigrationError):
         self.path = path
 
     def __str__(self) -> str:
-        return self.message + _evidence(errno=self.errno, path=self.path)
+        return self.message + _evidence(errno=_errno_name(self.errno), path=self.path)
 
 
 def _evidence(**known: object) -> str:
@@ -115,8 +119,12 @@ def _evidence(**known: object) -> str:
     return f" ({', '.join(facts)})" if facts else ""
 
 
+def _errno_name(number: int | None) -> str | None:
+    return None if number is None else errno.errorcode.get(number, str(number))
+
+
 def _show(value: object) -> str:
-    """Numbers of the wire in hex, its bytes too; text that fits on a line."""
+    """Numbers of the wire in hex, its bytes too; text cut to fit on a line."""
     if isinstance(value, bytes | bytearray | memoryview):
         return bytes(value[:16]).hex(" ") or "nothing"
     if isinstance(value, int) and not isinstance(value, bool) and value > 9:

@@ -141,7 +141,7 @@ def lengths_untrusted(text: bytes) -> tuple[Described, ...]:
 def _described(device: dict[str, object]) -> Described:
     name = device.get("name")
     if not isinstance(name, str):
-        raise StreamError("a described section has no name", got=name)
+        raise StreamError("a section in the description has no name", got=name)
     return Described(name, _size(device, "instance_id"), _length(device))
 
 

@@ -1,0 +1,123 @@
+"""Feeds broken bytes to every decoder of the stream until time is up.
+
+    python tests/fuzz/fuzz_stream.py --seconds 60 [--seed N]
+
+Starts from the samples of the unit tests, damages them, and passes as long as a
+decoder returns a value or raises StreamError. Anything else ends the run with
+status 1 and a reproducer: the sample, the bytes, and the traceback. Equal seeds
+give equal inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from support.stream_samples import DESCRIPTION, SAMPLES, Sample
+
+from common.errors import StreamError
+from common.stream import vmdesc
+
+MAX_INPUT = 1 << 16
+# Integers at which lengths, counts and offsets change their meaning.
+EDGES = [
+    edge.to_bytes(size, "big")
+    for size in (1, 2, 4, 8)
+    for edge in (0, 1, 1 << 8 * size - 1, (1 << 8 * size) - 1, (1 << 8 * size) - 4096)
+    if 0 <= edge < 1 << 8 * size
+]
+SPLICES = [sample.wire[:512] for sample in SAMPLES]
+TARGETS = [
+    *SAMPLES,
+    Sample(
+        name="lengths of a description",
+        wire=DESCRIPTION,
+        value=None,
+        decode=vmdesc.lengths_untrusted,
+        encode=lambda _: DESCRIPTION,
+    ),
+]
+
+
+def flip(dice: random.Random, wire: bytearray, at: int) -> None:
+    wire[at : at + 1] = bytes([dice.randrange(256)])
+
+
+def edge(dice: random.Random, wire: bytearray, at: int) -> None:
+    value = dice.choice(EDGES)
+    wire[at : at + len(value)] = value
+
+
+def cut(dice: random.Random, wire: bytearray, at: int) -> None:
+    del wire[at : at + dice.randrange(1, 64)]
+
+
+def repeat(dice: random.Random, wire: bytearray, at: int) -> None:
+    wire[at:at] = wire[at : at + dice.randrange(1, 64)]
+
+
+def splice(dice: random.Random, wire: bytearray, at: int) -> None:
+    wire[at:at] = dice.choice(SPLICES)
+
+
+def truncate(_dice: random.Random, wire: bytearray, at: int) -> None:
+    del wire[at:]
+
+
+DAMAGES = (flip, flip, flip, edge, edge, cut, repeat, splice, truncate)
+
+
+def damaged(dice: random.Random, wire: bytes) -> bytes:
+    """One to six damages, most of them near the beginning, where headers are."""
+    broken = bytearray(wire)
+    for _ in range(dice.randrange(1, 7)):
+        reach = dice.choice((16, 64, len(broken)))
+        at = dice.randrange(min(reach, len(broken)) + 1)
+        dice.choice(DAMAGES)(dice, broken, at)
+    return bytes(broken[:MAX_INPUT])
+
+
+def survives(sample: Sample, wire: bytes) -> bool:
+    """Decode; False, with a reproducer printed, if that broke the contract."""
+    try:
+        sample.decode(wire)
+    except StreamError as error:
+        return bool(str(error))
+    except Exception:
+        print(f"sample: {sample.name}\ninput:  {wire.hex()}", file=sys.stderr)
+        traceback.print_exc()
+        return False
+    return True
+
+
+def run(seconds: float, seed: int) -> int:
+    """Fuzz for so long; returns the exit status."""
+    dice = random.Random(seed)
+    end = time.monotonic() + seconds
+    executions = 0
+    while time.monotonic() < end:
+        sample = dice.choice(TARGETS)
+        executions += 1
+        if not survives(sample, damaged(dice, sample.wire)):
+            print(f"failed after {executions} executions, seed {seed}")
+            return 1
+    print(f"{executions} executions, seed {seed}")
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="fuzz the decoders of the stream")
+    parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
+    arguments = parser.parse_args()
+    return run(arguments.seconds, arguments.seed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
