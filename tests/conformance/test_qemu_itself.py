@@ -210,3 +210,17 @@ def test_difference_is_found() -> None:
         destination.ram[0].bytes[0x1234] ^= 0xFF
         with pytest.raises(AssertionError, match="ram differs first at 0x1234"):
             assert_equal_ram(source.ram, destination.ram)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "counting"), [(ONE, False), (TWO, False), (ONE, True)]
+)
+def test_blocks_are_named_as_qemu_does(
+    blocks: tuple[Block, ...], counting: bool
+) -> None:
+    with Qemu(*blocks, counting=counting) as qemu:
+        table = qemu.execute("human-monitor-command", command_line="info ramblock")
+        rows = [line.split() for line in table.splitlines()[1:]]
+        # Name, page size in two words, offset, used, total.
+        named = sorted((row[0], int(row[5], 16)) for row in rows)
+        assert named == sorted((block.name, block.size) for block in qemu.blocks())

@@ -16,13 +16,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from support.ram import KIB, PAGE
+from support.ram import KIB, PAGE, Block
 
 if TYPE_CHECKING:
     import mmap
 
-FIRMWARE_BLOCK = "pc.bios"
-FIRMWARE_SIZE = 64 * KIB
+FIRMWARE = Block("pc.bios", 64 * KIB)
 FIRST = 64 * KIB
 LAST = 576 * KIB  # not included
 
@@ -40,7 +39,7 @@ _RESET = bytes.fromhex("ea000000f0")  # jmp 0xf000:0
 
 def firmware() -> bytes:
     """The image; the CPU starts sixteen bytes before its end."""
-    image = bytearray(FIRMWARE_SIZE)
+    image = bytearray(FIRMWARE.size)
     image[: len(_LOOP)] = _LOOP
     image[-16 : -16 + len(_RESET)] = _RESET
     return bytes(image)

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -141,6 +142,13 @@ class Qemu:
         self._stack.close()
 
     @property
+    def machine(self) -> str:
+        """The machine's name, as the stream has it."""
+        if self._counting:
+            return "microvm"
+        return "none" if len(self.ram) == 1 else "x-remote"
+
+    @property
     def pid(self) -> int:
         return self.process.pid
 
@@ -167,13 +175,12 @@ class Qemu:
 
     def _machine_arguments(self) -> list[str]:
         first, *rest = self.ram
-        machine = "x-remote" if rest else "none"
         arguments = ["-m", f"{first.block.size}B"]
+        arguments += ["-M", f"{self.machine},memory-backend={first.block.name}"]
         if self._counting:
-            machine = "microvm,acpi=off"
             firmware = counting_guest.firmware_path()
             arguments += ["-accel", "tcg", "-bios", str(firmware)]
-        arguments += ["-M", f"{machine},memory-backend={first.block.name}"]
+            arguments += ["-machine", "acpi=off"]
         for ram in self.ram:
             arguments += ["-object", _backend(ram)]
         for slot, ram in enumerate(rest, start=1):
@@ -188,13 +195,15 @@ class Qemu:
 
     # -- memory ---------------------------------------------------------
 
-    def block_names(self) -> list[str]:
-        """The blocks' names in the stream, in the order of `ram`."""
-        rest = enumerate(self.ram[1:], start=1)
-        return [
-            self.ram[0].block.name,
-            *(f"0000:00:{slot:02x}.0/{ram.block.name}" for slot, ram in rest),
-        ]
+    def blocks(self) -> list[Block]:
+        """The blocks as the stream names them, those of `ram` first."""
+        blocks = [self.ram[0].block]
+        for slot, ram in enumerate(self.ram[1:], start=1):
+            name = f"0000:00:{slot:02x}.0/{ram.block.name}"
+            blocks.append(replace(ram.block, name=name))
+        if self._counting:
+            blocks.append(counting_guest.FIRMWARE)
+        return blocks
 
     def fill(self, seed: int) -> None:
         """Give every block a pattern of its own, but leave the guest its pages."""
