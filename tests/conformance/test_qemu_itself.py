@@ -119,6 +119,7 @@ def test_precopy_second_pass() -> None:
         assert source.counter("dirty-sync-count") >= 3
 
 
+@pytest.mark.userfaultfd
 @capabilities
 def test_postcopy_running_guest(capabilities: tuple[str, ...]) -> None:
     with pair(counting=True, capabilities=capabilities) as (source, destination):
@@ -128,6 +129,7 @@ def test_postcopy_running_guest(capabilities: tuple[str, ...]) -> None:
         assert source.counter("postcopy-requests") > 0
 
 
+@pytest.mark.userfaultfd
 @versions
 @blocks
 def test_postcopy(older: str, newer: str, blocks: tuple[Block, ...]) -> None:
@@ -140,6 +142,7 @@ def test_postcopy(older: str, newer: str, blocks: tuple[Block, ...]) -> None:
         assert source.counter("postcopy-bytes") > MIB
 
 
+@pytest.mark.userfaultfd
 @blocks
 def test_postcopy_preempt(blocks: tuple[Block, ...]) -> None:
     with pair(*blocks, capabilities=PREEMPT) as (source, destination):
@@ -148,6 +151,7 @@ def test_postcopy_preempt(blocks: tuple[Block, ...]) -> None:
         assert source.counter("postcopy-bytes") > MIB
 
 
+@pytest.mark.userfaultfd
 @capabilities
 def test_postcopy_urgent_page(capabilities: tuple[str, ...]) -> None:
     with pair(capabilities=capabilities) as (source, destination):
@@ -162,6 +166,7 @@ def test_postcopy_urgent_page(capabilities: tuple[str, ...]) -> None:
         both_complete(source, destination)
 
 
+@pytest.mark.userfaultfd
 @capabilities
 def test_postcopy_recovery(capabilities: tuple[str, ...], private_dir: Path) -> None:
     with pair(capabilities=capabilities) as (source, destination):
@@ -178,6 +183,7 @@ def test_postcopy_recovery(capabilities: tuple[str, ...], private_dir: Path) -> 
         assert "postcopy-recover" in destination.statuses
 
 
+@pytest.mark.userfaultfd
 @pytest.mark.hugepages
 @capabilities
 def test_postcopy_hugepages(
