@@ -136,10 +136,10 @@ RULES = {
             ("common.guest", "common.stream", "common.native", "common.channel"),
         )
     ],
-    "common.channel and common.native are below guest, host and qmp": [
+    "common.channel and common.native are below guest, host and the servers": [
         (
             ("common.channel", "common.native"),
-            ("common.guest", "common.host", "common.qmp"),
+            ("common.guest", "common.host", "common.qmp.server", "common.qmp.client"),
         )
     ],
     "the schema is data": [(("qmp_schema",), ("common", "srcd", "dstd"))],
