@@ -42,7 +42,7 @@ conformance: ## against QEMU and others' QMP clients
 integration: ## two daemons and a guest, whose memory is checked
 	@.ci/run integration
 
-fuzz: ## malformed input; SECONDS=10 for each C target
+fuzz: ## malformed input; SECONDS=10 for each target
 	@SECONDS=$(SECONDS) .ci/run fuzz
 
 soak: ## many migrations in a row
