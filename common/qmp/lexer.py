@@ -429,16 +429,19 @@ def _float(token: bytes) -> bytes:
 
 def _double_quoted(token: bytes) -> bytes:
     _check_string(token[1:-1])
-    return token.replace(rb"\'", b"'") if rb"\'" in token else token
+    return _REQUOTE_DOUBLE.sub(_requote, token) if rb"\'" in token else token
 
 
 def _single_quoted(token: bytes) -> bytes:
     body = token[1:-1]
     _check_string(body)
-    return b'"' + _REQUOTE.sub(_requote, body) + b'"'
+    return b'"' + _REQUOTE_SINGLE.sub(_requote, body) + b'"'
 
 
-_REQUOTE: Final = re.compile(rb"\\.|\"", re.DOTALL)
+# An escape is looked at as a whole: in an escaped backslash followed by a quote
+# there is no escaped quote.
+_REQUOTE_DOUBLE: Final = re.compile(rb"\\.", re.DOTALL)
+_REQUOTE_SINGLE: Final = re.compile(rb"\\.|\"", re.DOTALL)
 
 
 def _requote(found: re.Match[bytes]) -> bytes:

@@ -19,7 +19,7 @@ import socket
 import stat
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from select import POLLHUP, poll
 from typing import TYPE_CHECKING, Final, TypeAlias
 
@@ -96,9 +96,11 @@ class QmpServer:
         A socket that nobody serves any more is replaced. Raises OSError if
         somebody does, or if the path cannot be bound.
         """
-        async with trio.open_nursery() as connections:
-            with _bound_socket(os.fspath(path)) as sock:
+        with ExitStack() as file:
+            sock = file.enter_context(_bound_socket(os.fspath(path)))
+            async with trio.open_nursery() as connections:
                 await self._accept(sock, connections, task_status)
+                file.close()  # already while the last replies go out
 
     async def serve(
         self,
