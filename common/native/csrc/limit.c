@@ -34,6 +34,9 @@ static void refill(struct limit *l, uint64_t rate)
     int64_t most = scale(rate, BURST_NS);
     int64_t gain = scale(rate, passed < NS_PER_S ? passed : NS_PER_S);
 
+    if (l->last_ns && gain == 0) {
+        return; /* less than a byte came free: let the time add up */
+    }
     l->last_ns = now;
     l->credit = l->credit > most - gain ? most : l->credit + gain;
 }

@@ -18,7 +18,7 @@
  * percentile read from it is at most 1/16 too high.
  */
 #define HISTOGRAM_SPLIT 16
-#define HISTOGRAM_BUCKETS (64 * HISTOGRAM_SPLIT)
+#define HISTOGRAM_BUCKETS (61 * HISTOGRAM_SPLIT) /* the last ends at 2^64 */
 
 struct histogram {
     uint64_t count;
