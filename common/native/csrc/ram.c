@@ -49,7 +49,8 @@ static struct result check_geometry(const char *idstr, uint64_t length,
     if (name == 0 || name > IDSTR_MAX) {
         return result_errno(RESULT_HOST, "RAM block name", EINVAL);
     }
-    if (page_size < TARGET_PAGE_SIZE || (page_size & (page_size - 1))) {
+    if (page_size < TARGET_PAGE_SIZE || page_size > HOST_PAGE_MAX ||
+        (page_size & (page_size - 1))) {
         return result_errno(RESULT_HOST, "RAM block page size", EINVAL);
     }
     if (length == 0 || length % page_size || length > INT64_MAX) {

@@ -17,6 +17,7 @@
 
 #define TARGET_PAGE_BITS 12
 #define TARGET_PAGE_SIZE ((uint64_t)1 << TARGET_PAGE_BITS)
+#define HOST_PAGE_MAX ((uint64_t)2 << 20)
 #define IDSTR_MAX 255
 #define RAM_BLOCKS_MAX 4096
 
@@ -58,7 +59,7 @@ void ram_close(struct ram *ram);
 
 /*
  * Add a block. `length` must be a multiple of `page_size`, which is a power of
- * two of at least TARGET_PAGE_SIZE, and within the file.
+ * two from TARGET_PAGE_SIZE to HOST_PAGE_MAX, and within the file.
  */
 struct result ram_add(struct ram *ram, const char *idstr, uint64_t length,
                       uint64_t page_size, uint64_t base, int fd);

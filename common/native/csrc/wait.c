@@ -59,32 +59,54 @@ static void release_vcpu_locked(struct waiting *w, const struct waiter *who,
     w->vcpus_blocked--;
 }
 
-/* The event of one fault is repeated after a signal or an early wake. */
-static bool known_locked(const struct waiting *w, uint32_t thread)
+/* Index of the thread's entry, `count` if it has none. */
+static uint32_t find_waiter_locked(const struct waiting *w, uint32_t thread)
 {
-    for (uint32_t i = 0; i < w->count; i++) {
-        if (w->waiters[i].thread == thread) {
-            return true;
-        }
+    uint32_t i = 0;
+
+    while (i < w->count && w->waiters[i].thread != thread) {
+        i++;
     }
-    return false;
+    return i;
+}
+
+static void end_wait_locked(struct waiting *w, uint32_t i, uint64_t now)
+{
+    struct waiter *who = &w->waiters[i];
+
+    histogram_add(&w->latency, now - who->since_ns);
+    release_vcpu_locked(w, who, now);
+    *who = w->waiters[w->count - 1];
+    __atomic_store_n(&w->count, w->count - 1, __ATOMIC_SEQ_CST);
+}
+
+static void begin_wait_locked(struct waiting *w, const struct waiter *who)
+{
+    if (w->count < WAITERS_MAX) {
+        w->waiters[w->count] = *who;
+        __atomic_store_n(&w->count, w->count + 1, __ATOMIC_SEQ_CST);
+        block_vcpu_locked(w, who->vcpu, who->since_ns);
+    }
 }
 
 void waiting_begin(struct waiting *w, uint32_t thread,
                    const struct ram_block *block, uint64_t host)
 {
-    pthread_mutex_lock(&w->mutex);
-    if (w->count < WAITERS_MAX && !known_locked(w, thread)) {
-        uint64_t now = clock_ns();
-        int32_t vcpu = find_vcpu(w, thread);
+    struct waiter who = { .block = block, .host = host, .thread = thread };
+    uint32_t i;
 
-        w->waiters[w->count] = (struct waiter){
-            .block = block, .host = host, .since_ns = now,
-            .thread = thread, .vcpu = vcpu,
-        };
-        __atomic_store_n(&w->count, w->count + 1, __ATOMIC_SEQ_CST);
-        block_vcpu_locked(w, vcpu, now);
+    pthread_mutex_lock(&w->mutex);
+    who.since_ns = clock_ns();
+    who.vcpu = find_vcpu(w, thread);
+    i = find_waiter_locked(w, thread);
+    if (i == w->count) {
+        begin_wait_locked(w, &who);
+    } else if (w->waiters[i].block != block || w->waiters[i].host != host) {
+        /* Its page woke it and waiting_end() is still to come for that. */
+        end_wait_locked(w, i, who.since_ns);
+        begin_wait_locked(w, &who);
     }
+    /* Else: a signal or an early wake repeats the event of one fault. */
     pthread_mutex_unlock(&w->mutex);
 }
 
@@ -98,15 +120,10 @@ void waiting_end(struct waiting *w, const struct ram_block *block,
     }
     pthread_mutex_lock(&w->mutex);
     for (uint32_t i = 0; i < w->count;) {
-        struct waiter *who = &w->waiters[i];
+        const struct waiter *who = &w->waiters[i];
 
         if (who->block == block && who->host - first < count) {
-            uint64_t now = clock_ns();
-
-            histogram_add(&w->latency, now - who->since_ns);
-            release_vcpu_locked(w, who, now);
-            *who = w->waiters[w->count - 1];
-            __atomic_store_n(&w->count, w->count - 1, __ATOMIC_SEQ_CST);
+            end_wait_locked(w, i, clock_ns());
         } else {
             i++;
         }
