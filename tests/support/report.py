@@ -209,7 +209,10 @@ class Report:
     @property
     def histogram(self) -> list[int]:
         """Accesses by duration, all vCPUs together; see `bucket_of`."""
-        return [sum(column) for column in zip(*(v.histogram for v in self.vcpus))]
+        return [
+            sum(column)
+            for column in zip(*(v.histogram for v in self.vcpus), strict=True)
+        ]
 
     def us(self, ticks: int) -> float:
         """Microseconds of so many TSC ticks."""

@@ -209,7 +209,7 @@ static json_t *block_array(const struct attach_hello *h)
 char *attach_hello_text(const struct attach_hello *h)
 {
     return dump(json_pack(
-        "{s:{s:i, s:s, s:{s:s, s:I}, s:s, s:i, s:o, s:o, s:o}}", "attach",
+        "{s:{s:i, s:s, s:{s:s, s:I}, s:s, s:i, s:o, s:o, s:o, s:s*}}", "attach",
         "version", ATTACH_VERSION,
         "machine", h->machine,
         "device", "name", h->device, "version", (json_int_t)h->device_version,
@@ -217,7 +217,8 @@ char *attach_hello_text(const struct attach_hello *h)
         "pid", (int)h->pid,
         "vcpus", thread_array(h->vcpus, h->vcpu_count),
         "blocks", block_array(h),
-        "descriptors", string_array(h->descriptors, h->descriptor_count)));
+        "descriptors", string_array(h->descriptors, h->descriptor_count),
+        "no-userfaultfd", h->no_userfaultfd));
 }
 
 char *attach_return_text(int64_t id)

@@ -72,6 +72,7 @@ struct attach_hello {
     uint64_t guest_address;
     const char *const *descriptors;
     size_t descriptor_count;
+    const char *no_userfaultfd; /* why there is none; NULL if there is one */
 };
 
 char *attach_hello_text(const struct attach_hello *hello);

@@ -105,7 +105,8 @@ static void offer(struct offer *o, const char *name, int fd)
 
 static void offer_all(const struct control *c, struct offer *o)
 {
-    offer(o, "userfaultfd", c->ram->userfaultfd);
+    if (c->ram->userfaultfd >= 0)
+        offer(o, "userfaultfd", c->ram->userfaultfd);
     offer(o, "pagemap", c->ram->pagemap);
     offer(o, "block:" RAM_IDSTR, c->ram->memfd);
     for (size_t i = 0; i < c->kept_count; i++) {
@@ -143,6 +144,8 @@ static void send_attach(struct control *c)
         .guest_address = 0,
         .descriptors = o->names,
         .descriptor_count = o->count,
+        .no_userfaultfd = c->ram->userfaultfd < 0
+            ? c->ram->no_userfaultfd.text : NULL,
     }), o->descriptors, o->count);
     free(o);
 }

@@ -84,28 +84,34 @@ static bool map_memfd(struct ram *ram, struct fail *why)
 }
 
 /* The device first: its right is a file mode, not a capability. */
-static bool open_userfaultfd(struct ram *ram, bool for_kernel, struct fail *why)
+static int new_userfaultfd(bool for_kernel)
 {
     int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+    int flags = O_CLOEXEC | O_NONBLOCK;
+    int fd = -1;
 
-    ram->userfaultfd = -1;
     if (device >= 0) {
-        ram->userfaultfd = ioctl(device, NEW_USERFAULTFD,
-                                 O_CLOEXEC | O_NONBLOCK);
+        fd = ioctl(device, NEW_USERFAULTFD, flags);
         close(device);
     }
-    if (ram->userfaultfd < 0)
-        ram->userfaultfd = (int)syscall(SYS_userfaultfd,
-                                        O_CLOEXEC | O_NONBLOCK);
-    if (ram->userfaultfd < 0 && errno == EPERM && !for_kernel)
-        ram->userfaultfd = (int)syscall(SYS_userfaultfd, O_CLOEXEC |
-                                        O_NONBLOCK | UFFD_USER_MODE_ONLY);
+    if (fd < 0)
+        fd = (int)syscall(SYS_userfaultfd, flags);
+    if (fd < 0 && errno == EPERM && !for_kernel)
+        fd = (int)syscall(SYS_userfaultfd, flags | UFFD_USER_MODE_ONLY);
+    return fd;
+}
+
+static void open_userfaultfd(struct ram *ram, bool for_kernel)
+{
+    ram->userfaultfd = new_userfaultfd(for_kernel);
     if (ram->userfaultfd >= 0)
-        return true;
+        return;
     if (errno == EPERM)
-        return fail(why, "userfaultfd is not permitted: let this user open "
-                    "/dev/userfaultfd or set vm.unprivileged_userfaultfd=1");
-    return fail(why, "this kernel has no userfaultfd: %s", strerror(errno));
+        fail(&ram->no_userfaultfd, "userfaultfd is not permitted: let this "
+             "user open /dev/userfaultfd or set vm.unprivileged_userfaultfd=1");
+    else
+        fail(&ram->no_userfaultfd, "this kernel has no userfaultfd: %s",
+             strerror(errno));
 }
 
 static bool open_pagemap(struct ram *ram, struct fail *why)
@@ -121,8 +127,9 @@ bool ram_create(struct ram *ram, uint64_t length, uint64_t page_size,
                 bool for_kernel, struct fail *why)
 {
     *ram = (struct ram){ .length = length, .page_size = page_size };
+    open_userfaultfd(ram, for_kernel);
     return open_memfd(ram, why) && map_memfd(ram, why) &&
-           open_userfaultfd(ram, for_kernel, why) && open_pagemap(ram, why);
+           open_pagemap(ram, why);
 }
 
 uint64_t ram_low(const struct ram *ram)

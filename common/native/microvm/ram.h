@@ -25,13 +25,15 @@ struct ram {
     uint64_t length;
     uint64_t page_size;
     int memfd;
-    int userfaultfd;     /* raw: no ioctl done on it */
+    int userfaultfd;     /* raw: no ioctl done on it; -1: see the reason */
+    struct fail no_userfaultfd;
     int pagemap;
 };
 
 /*
  * `for_kernel`: the kernel itself (KVM) touches the memory, so faults in
- * kernel mode must be delivered too.
+ * kernel mode must be delivered too. Without the right to a userfaultfd there
+ * is a guest all the same: the daemon decides whether that will do.
  */
 bool ram_create(struct ram *ram, uint64_t length, uint64_t page_size,
                 bool for_kernel, struct fail *why);
