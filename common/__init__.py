@@ -1,0 +1,1 @@
+"""What both daemons stand on; a module is here only if both reach it."""

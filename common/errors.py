@@ -23,6 +23,10 @@ of our own functions is a ValueError and not part of this tree.
 from __future__ import annotations
 
 import errno
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class MigrationError(Exception):
@@ -112,6 +116,34 @@ class HostError(MigrationError):
 
     def __str__(self) -> str:
         return self.message + _evidence(errno=_errno_name(self.errno), path=self.path)
+
+
+# What tells most comes first: a peer that refuses also closes its channels.
+_TELLING = (Refused, GuestError, HostError, StreamError, ChannelLost)
+
+
+def cause_of(error: BaseException) -> MigrationError | None:
+    """The error of this tree that tells most among those in a group; else None.
+
+    None also if the group holds anything besides this tree: that is a fault of
+    ours and not a failed migration.
+    """
+    found = tuple(_leaves(error))
+    if not all(isinstance(leaf, MigrationError) for leaf in found):
+        return None
+    for kind in _TELLING:
+        for leaf in found:
+            if isinstance(leaf, kind):
+                return leaf
+    return None
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for inner in error.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield error
 
 
 def _evidence(**known: object) -> str:

@@ -1,0 +1,1 @@
+"""The destination daemon: receives a running guest on this host."""

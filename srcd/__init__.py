@@ -1,0 +1,1 @@
+"""The source daemon: moves a running guest away from this host."""

@@ -1,0 +1,1 @@
+"""What a migration needs from a guest, and the kinds of guest there are."""

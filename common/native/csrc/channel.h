@@ -78,6 +78,11 @@ static inline void channel_consume(struct channel *c, size_t size)
 {
     c->start += size;
 }
+/* Forget what is buffered. */
+static inline void channel_skip(struct channel *c)
+{
+    c->start = c->end = 0;
+}
 /* Bytes consumed so far: where in the stream the reader stands. */
 uint64_t channel_position(const struct channel *c);
 

@@ -333,24 +333,105 @@ static struct result load_section(struct loader *l)
     return RESULT_IS_OK(r) ? check_footer(l) : r;
 }
 
+/* --- discards ------------------------------------------------------------- */
+
+static struct result discard_range(struct loader *l, struct ram_block *b,
+                                   uint64_t start, uint64_t length)
+{
+    uint64_t mask = b->page_size - 1;
+
+    if (start & mask || length & mask || length == 0 || start >= b->length ||
+        length > b->length - start) {
+        return bad_stream(l, "discard that is not within its RAM block", start);
+    }
+    return destination_discard(l->d, (uint32_t)(b - l->d->ram->blocks), start,
+                               length);
+}
+
+/* `length` bytes of a command's payload are buffered. */
+static struct result load_discard_untrusted(struct loader *l, size_t length)
+{
+    const uint8_t *in = l->channel->buffer + l->channel->start;
+    const uint8_t *end = in + length;
+    struct ram_block *b;
+
+    if (!l->advised || in_postcopy(l)) {
+        return bad_stream(l, "discard outside of the switch to postcopy", 0);
+    }
+    if (length < 3 || in[0] != 0 || length < 3u + in[1] || in[2 + in[1]] != 0) {
+        return bad_stream(l, "malformed discard", length);
+    }
+    b = ram_find(l->d->ram, in + 2, in[1]);
+    in += 3 + in[1];
+    if (!b) {
+        return bad_stream(l, "discard for a RAM block that is not here", 0);
+    }
+    if (in == end || (end - in) % 16) {
+        return bad_stream(l, "discard without whole ranges", length);
+    }
+    for (; in < end; in += 16) {
+        struct result r = discard_range(l, b, wire_get_be64(in),
+                                        wire_get_be64(in + 8));
+
+        if (!RESULT_IS_OK(r)) {
+            return r;
+        }
+    }
+    l->discards++;
+    return result_ok();
+}
+
+/* Is a discard next? Other commands are left as they are. */
+static struct result peek_discard(struct loader *l, bool *discard)
+{
+    struct result r = channel_fill(l->channel, COMMAND_HEAD);
+    const uint8_t *in = l->channel->buffer + l->channel->start;
+
+    *discard = RESULT_IS_OK(r) && in[0] == SECTION_COMMAND &&
+               wire_get_be16(in + 1) == COMMAND_RAM_DISCARD;
+    return r;
+}
+
+static struct result load_discard(struct loader *l)
+{
+    size_t length = wire_get_be16(l->channel->buffer + l->channel->start + 3);
+    struct result r;
+
+    channel_consume(l->channel, COMMAND_HEAD);
+    r = channel_fill(l->channel, length);
+    if (RESULT_IS_OK(r)) {
+        r = load_discard_untrusted(l, length);
+    }
+    channel_consume(l->channel, RESULT_IS_OK(r) ? length : 0);
+    return r;
+}
+
+/* --- the channels --------------------------------------------------------- */
+
 struct result load_main(struct loader *l)
 {
     for (;;) {
+        bool discard = false;
         struct result r = channel_fill(l->channel, 1);
 
         if (!RESULT_IS_OK(r)) {
             return r;
         }
         l->next = l->channel->buffer[l->channel->start];
-        if (l->next != SECTION_PART && l->next != SECTION_END) {
+        if (l->next == SECTION_COMMAND) {
+            r = peek_discard(l, &discard);
+            if (!RESULT_IS_OK(r) || !discard) {
+                return r;
+            }
+            r = load_discard(l);
+        } else if (l->next == SECTION_PART || l->next == SECTION_END) {
+            l->ended = l->next == SECTION_END;
+            r = load_section(l);
+        } else {
             return r;
         }
-        r = load_section(l);
         if (!RESULT_IS_OK(r)) {
             return r;
-        }
-        if (l->next == SECTION_END) {
-            l->ended = 1;
         }
     }
 }

@@ -2,8 +2,8 @@
  * The destination's page loops: RAM records in, placed pages out.
  *
  * One loader per channel, run by one thread. On the main channel load_main()
- * takes whole RAM sections and returns in front of everything else, which is
- * Python's to read. On the preempt channel, which has no sections,
+ * takes whole RAM sections and discards, and returns in front of everything
+ * else, which is Python's to read. On the preempt channel, which has no sections,
  * load_preempt() takes records until the channel ends.
  */
 #ifndef POSTCOPY_LOAD_H
@@ -38,6 +38,8 @@ struct loader {
     struct channel *channel;
     bool preempt;
     uint32_t section_id;     /* of "ram", from its START; main channel only */
+    uint32_t advised;        /* discards are legal now */
+    uint32_t discards;       /* commands seen */
     uint32_t ended;          /* the RAM section's END was read */
     uint8_t next;            /* the byte that load_main() stopped before */
     struct ram_block *last;  /* CONTINUE state */

@@ -372,18 +372,53 @@ uint64_t source_owed_pages(const struct source *s)
     return pages;
 }
 
-bool source_owed_range(const struct source *s, uint32_t block,
-                       uint64_t *offset, uint64_t *length)
+static struct result write_discard(struct source *s,
+                                   const struct ram_block *b,
+                                   const struct wire_range *ranges,
+                                   uint32_t count)
 {
-    const struct ram_block *b = &s->ram->blocks[block];
-    uint64_t first = bitmap_next_set(&b->owed, *offset >> b->host_bits);
+    uint8_t command[WIRE_DISCARD_MAX];
 
-    if (first >= b->owed.bits) {
-        return false;
+    return channel_write(s->main, command,
+                         wire_put_discard(command, b, ranges, count));
+}
+
+static struct result discard_block(struct source *s, const struct ram_block *b)
+{
+    struct wire_range ranges[DISCARD_RANGES];
+    uint64_t first = bitmap_next_set(&b->owed, 0);
+    uint32_t count = 0;
+
+    while (first < b->owed.bits) {
+        uint64_t end = bitmap_next_clear(&b->owed, first);
+
+        ranges[count++] = (struct wire_range){
+            .start = first << b->host_bits,
+            .length = (end - first) << b->host_bits,
+        };
+        first = bitmap_next_set(&b->owed, end);
+        if (count == DISCARD_RANGES || first >= b->owed.bits) {
+            struct result r = write_discard(s, b, ranges, count);
+
+            if (!RESULT_IS_OK(r)) {
+                return r;
+            }
+            count = 0;
+        }
     }
-    *offset = first << b->host_bits;
-    *length = (bitmap_next_clear(&b->owed, first) - first) << b->host_bits;
-    return true;
+    return result_ok();
+}
+
+struct result pump_discards(struct source *s)
+{
+    for (uint32_t i = 0; i < s->ram->count; i++) {
+        struct result r = discard_block(s, &s->ram->blocks[i]);
+
+        if (!RESULT_IS_OK(r)) {
+            return r;
+        }
+    }
+    return result_ok();
 }
 
 /* Whoever clears the bit sends the page. */

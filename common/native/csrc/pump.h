@@ -23,6 +23,8 @@
 
 /* Bounded by IOV_MAX: two iovecs a page. One 2 MiB host page fills it. */
 #define BATCH_PAGES 512
+_Static_assert(BATCH_PAGES >= HOST_PAGE_MAX / TARGET_PAGE_SIZE,
+               "a host page is never split");
 
 struct source_stats {
     uint64_t normal_pages;   /* sent with data, precopy and postcopy */
@@ -105,11 +107,10 @@ uint64_t source_dirty_pages(const struct source *s);
 uint64_t source_owe_dirty(struct source *s);
 uint64_t source_owed_pages(const struct source *s);
 /*
- * The next range of owed host pages of a block at or after `*offset`, in
- * bytes; false if there is none.
+ * Tell the destination to drop what is owed, block by block, in ascending
+ * order: RAM_DISCARD commands on the main channel.
  */
-bool source_owed_range(const struct source *s, uint32_t block,
-                       uint64_t *offset, uint64_t *length);
+struct result pump_discards(struct source *s);
 
 /* Send all that is owed; RESULT_OK when nothing is left and in flight. */
 struct result pump_postcopy(struct source *s);

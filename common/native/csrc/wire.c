@@ -24,6 +24,33 @@ size_t wire_put_record(uint8_t *out, const struct ram_block *block,
     return n;
 }
 
+static void put_be16(uint8_t *out, size_t value)
+{
+    out[0] = (uint8_t)(value >> 8);
+    out[1] = (uint8_t)value;
+}
+
+size_t wire_put_discard(uint8_t *out, const struct ram_block *block,
+                        const struct wire_range *ranges, uint32_t count)
+{
+    size_t n = COMMAND_HEAD;
+
+    out[n++] = 0;
+    out[n++] = block->idstr_length;
+    memcpy(out + n, block->idstr, block->idstr_length);
+    n += block->idstr_length;
+    out[n++] = 0;
+    for (uint32_t i = 0; i < count; i++) {
+        wire_put_be64(out + n, ranges[i].start);
+        wire_put_be64(out + n + 8, ranges[i].length);
+        n += 16;
+    }
+    out[0] = SECTION_COMMAND;
+    put_be16(out + 1, COMMAND_RAM_DISCARD);
+    put_be16(out + 3, n - COMMAND_HEAD);
+    return n;
+}
+
 size_t wire_put_part_head(uint8_t *out, uint32_t section_id)
 {
     out[0] = SECTION_PART;

@@ -70,6 +70,25 @@ size_t wire_put_record(uint8_t *out, const struct ram_block *block,
                        uint64_t offset, bool zero,
                        const struct ram_block **last);
 
+/*
+ * RAM_DISCARD: type, be16 command, be16 length; version 0, name, NUL; ranges of
+ * be64 start and be64 length. QEMU's source puts at most 12 ranges into one
+ * command, its destination takes any number that the length can say.
+ */
+#define SECTION_COMMAND 0x08
+#define COMMAND_HEAD 5 /* type, be16 command, be16 length */
+#define COMMAND_RAM_DISCARD 6
+#define DISCARD_RANGES 256
+#define WIRE_DISCARD_MAX (COMMAND_HEAD + 3 + IDSTR_MAX + 16 * DISCARD_RANGES)
+
+struct wire_range {
+    uint64_t start;
+    uint64_t length;
+};
+
+size_t wire_put_discard(uint8_t *out, const struct ram_block *block,
+                        const struct wire_range *ranges, uint32_t count);
+
 size_t wire_put_part_head(uint8_t *out, uint32_t section_id);
 size_t wire_put_part_tail(uint8_t *out, uint32_t section_id);
 

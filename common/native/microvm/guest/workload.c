@@ -24,20 +24,25 @@ static uint64_t mix(uint64_t x)
 
 /* Placement */
 
+/*
+ * The table for as many pages as there could be, and the area at the end of
+ * the RAM: between them is memory that nobody ever touches, and a guest with
+ * much RAM and a small area uses guest addresses above 4 GiB.
+ */
 bool layout_make(struct layout *l, const struct settings *s, uint64_t ram_size)
 {
     uint64_t table_max = ram_size / GUEST_PAGE * sizeof(uint32_t);
-    uint64_t area_offset =
-        (TABLE_OFFSET + table_max + ALIGN - 1) / ALIGN * ALIGN;
-    uint64_t room;
+    uint64_t lowest = (TABLE_OFFSET + table_max + ALIGN - 1) / ALIGN * ALIGN;
+    uint64_t area;
 
-    if (ram_size < area_offset)
+    if (ram_size < lowest)
         return false;
-    room = ram_size - area_offset;
+    area = ram_size - lowest;
+    if (s->area && s->area < area)
+        area = s->area;
     l->table_offset = TABLE_OFFSET;
-    l->area_offset = area_offset;
-    l->area_pages =
-        (s->area && s->area < room ? s->area : room) / GUEST_PAGE;
+    l->area_offset = (ram_size - area) / ALIGN * ALIGN;
+    l->area_pages = area / GUEST_PAGE;
     return l->area_pages >= s->vcpus;
 }
 

@@ -1,0 +1,286 @@
+"""Main and preempt channel: connect, listen, read, write, hand over, close.
+
+A channel is a C object over a descriptor. Python's reads and writes run in
+worker threads, as the loops that use the same channel do. One reader at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import trio
+
+from common.address import Address, Exec, File, Tcp, Unix
+from common.errors import ChannelLost, HostError
+from common.native._native import ffi, lib
+from common.native.loop import Stop, check, run_loop
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from common.native import CData
+    from common.qmp.message import Json
+
+T = TypeVar("T")
+
+# How long the last message may take to be taken by the peer before we close.
+DRAIN_SECONDS: Final = 10.0
+ANY_HOST: Final = ("", "0")
+
+
+class Channel:
+    """A byte channel that owns its descriptor and its stop eventfd."""
+
+    def __init__(self, fd: int, name: str, stop: Stop | None = None) -> None:
+        self.fd = fd
+        self.name = name
+        self.process: subprocess.Popen[bytes] | None = None
+        self._owns_stop = stop is None
+        self.stop = stop or Stop()
+        self.native = ffi.new("struct channel *")
+        check(lib.channel_open(self.native, fd, self.stop.fd))
+
+    @property
+    def sent(self) -> int:
+        """Bytes handed to the kernel."""
+        return int(self.native.bytes_sent)
+
+    @property
+    def received(self) -> int:
+        return int(self.native.bytes_received)
+
+    async def write(self, data: bytes) -> None:
+        """Write whole units of the stream: no other writer comes between."""
+        if not await run_loop(
+            lambda: lib.channel_write(self.native, data, len(data)), self.stop
+        ):
+            raise ChannelLost("the channel was shut down", channel=self.name)
+
+    def read_exactly(self, size: int) -> bytes:
+        """Blocks: for decoders that run in a worker thread, see `decode`."""
+        data = ffi.new("char[]", size)
+        if not check(lib.channel_read(self.native, data, size)):
+            raise ChannelLost("the channel was shut down", channel=self.name)
+        return bytes(ffi.buffer(data, size))
+
+    async def decode(self, decoder: Callable[[Callable[[int], bytes]], T]) -> T:
+        """Run a decoder that pulls its bytes from this channel."""
+        found: list[T] = []
+
+        def pull() -> CData:
+            found.append(decoder(self.read_exactly))
+            return _OK
+
+        await run_loop(pull, self.stop)
+        return found[0]
+
+    async def at_end(self) -> bool:
+        """Wait for a byte or the end; true if it is the end."""
+        try:
+            return not await run_loop(
+                lambda: lib.channel_fill(self.native, 1), self.stop
+            )
+        except ChannelLost:
+            return True
+
+    async def drain(self) -> None:
+        """Tell the peer that no more comes, and wait until it has closed.
+
+        A socket that is closed with unread bytes in it loses what was written
+        last; SHUT must not be lost.
+        """
+        with trio.move_on_after(DRAIN_SECONDS), suppress(ChannelLost, OSError):
+            self._shutdown(socket.SHUT_WR)
+            while not await self.at_end():
+                lib.channel_skip(self.native)
+
+    def shutdown(self) -> None:
+        """Break the connection and end every loop on it."""
+        self.stop.set()
+        self.break_connection()
+
+    def break_connection(self) -> None:
+        """Break the connection; loops on it see its end."""
+        with suppress(OSError):
+            self._shutdown(socket.SHUT_RDWR)
+
+    def _shutdown(self, how: int) -> None:
+        if self.native.is_socket:
+            with socket.socket(fileno=os.dup(self.fd)) as sock:
+                sock.shutdown(how)
+
+    def close(self) -> None:
+        """No loop may be on it any more."""
+        lib.channel_close(self.native)
+        os.close(self.fd)
+        if self._owns_stop:
+            self.stop.close()
+        if self.process:
+            self.process.wait()
+
+
+_OK: Final = lib.result_ok()
+
+
+# --- connecting -----------------------------------------------------------------
+
+
+async def connect(address: Address, name: str, stop: Stop | None = None) -> Channel:
+    """A channel to `address`; ChannelLost in QEMU's words if that fails."""
+    match address:
+        case Tcp() | Unix():
+            return Channel(await _connect_socket(address), name, stop)
+        case File(path, offset):
+            return Channel(
+                _open_file(path, offset, os.O_WRONLY | os.O_CREAT), name, stop
+            )
+        case Exec(arguments):
+            process = subprocess.Popen(arguments, stdin=subprocess.PIPE)
+            assert process.stdin is not None
+            channel = Channel(os.dup(process.stdin.fileno()), name, stop)
+            process.stdin.close()
+            channel.process = process
+            return channel
+
+
+async def _connect_socket(address: Tcp | Unix) -> int:
+    try:
+        if isinstance(address, Tcp):
+            stream = await trio.open_tcp_stream(
+                address.host or "localhost", int(_port(address.port))
+            )
+            sock = stream.socket
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        else:
+            sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            await sock.connect(address.path)
+    except OSError as error:
+        reason = _reason(error)
+        raise ChannelLost(f"Failed to connect to '{address}': {reason}") from None
+    return sock.detach()
+
+
+def _reason(error: OSError) -> str:
+    """trio gathers the failures of all addresses; the first one tells."""
+    cause: BaseException | None = error.__cause__ or error
+    while isinstance(cause, BaseExceptionGroup):
+        cause = cause.exceptions[0]
+    return (getattr(cause, "strerror", None) or str(cause)) if cause else str(error)
+
+
+def _port(port: str) -> int:
+    return int(port) if port.isdecimal() else socket.getservbyname(port)
+
+
+def _open_file(path: str, offset: int, flags: int) -> int:
+    if flags & os.O_CREAT and not offset:
+        flags |= os.O_TRUNC
+    try:
+        fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        verb = "create" if flags & os.O_CREAT else "open"
+        raise HostError(f"Could not {verb} '{path}': {error.strerror}") from None
+    os.lseek(fd, offset, os.SEEK_SET)
+    return fd
+
+
+# --- listening --------------------------------------------------------------------
+
+
+class Listener:
+    """Where a destination waits for its source: one or more sockets, or a file."""
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        self._sockets: list[trio.socket.SocketType] = []
+        self._path: str | None = None
+
+    @property
+    def many(self) -> bool:
+        """Whether more than one channel can come in."""
+        return isinstance(self.address, Tcp | Unix)
+
+    async def open(self) -> None:
+        """HostError in QEMU's words if the address cannot be bound."""
+        try:
+            match self.address:
+                case Tcp(host, port):
+                    await self._open_tcp(host, port)
+                case Unix(path):
+                    await self._open_unix(path)
+        except OSError as error:
+            reason = _reason(error)
+            raise HostError(
+                f"Failed to bind socket to {self.address}: {reason}"
+            ) from None
+
+    async def _open_tcp(self, host: str, port: str) -> None:
+        listeners = await trio.open_tcp_listeners(
+            _port(port), host=None if host in ANY_HOST else host
+        )
+        self._sockets = [listener.socket for listener in listeners]
+
+    async def _open_unix(self, path: str) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        await sock.bind(path)
+        sock.listen()
+        self._path = path
+        self._sockets = [sock]
+
+    def describe(self) -> list[dict[str, Json]]:
+        """The `socket-address` of query-migrate."""
+        return [_describe(sock) for sock in self._sockets]
+
+    async def accept(self, name: str, stop: Stop | None = None) -> Channel:
+        """The next channel that comes in."""
+        match self.address:
+            case File(path, offset):
+                return Channel(_open_file(path, offset, os.O_RDONLY), name, stop)
+            case Exec(arguments):
+                process = subprocess.Popen(arguments, stdout=subprocess.PIPE)
+                assert process.stdout is not None
+                channel = Channel(os.dup(process.stdout.fileno()), name, stop)
+                process.stdout.close()
+                channel.process = process
+                return channel
+        return Channel(await self._accept_socket(), name, stop)
+
+    async def _accept_socket(self) -> int:
+        accepted: list[trio.socket.SocketType] = []
+
+        async def wait(sock: trio.socket.SocketType) -> None:
+            found, _ = await sock.accept()
+            accepted.append(found)
+            nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            for sock in self._sockets:
+                nursery.start_soon(wait, sock)
+        for surplus in accepted[1:]:
+            surplus.close()
+        if isinstance(self.address, Tcp):
+            accepted[0].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return accepted[0].detach()
+
+    def close(self) -> None:
+        for sock in self._sockets:
+            sock.close()
+        self._sockets = []
+        if self._path:
+            with suppress(FileNotFoundError):
+                os.unlink(self._path)
+            self._path = None
+
+
+def _describe(sock: trio.socket.SocketType) -> dict[str, Json]:
+    name = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
+        return {"type": "unix", "path": name}
+    version = "ipv6" if sock.family == socket.AF_INET6 else "ipv4"
+    return {"type": "inet", "host": name[0], "port": str(name[1]), version: True}

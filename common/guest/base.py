@@ -1,0 +1,82 @@
+"""A guest as the daemons see it: RAM blocks, device state, stop and continue."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class GuestState(StrEnum):
+    """What a guest's process does with the vCPUs; the words of the attach protocol."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    INCOMING = "incoming"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RamBlock:
+    """One named piece of guest RAM behind the descriptor `fd`; sizes in bytes.
+
+    `base` is where the guest's process maps it, 0 if no process does.
+    """
+
+    idstr: str
+    length: int
+    page_size: int
+    base: int
+    guest_address: int
+    fd: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """Name and version of the format in which a guest saves its device state."""
+
+    name: str
+    version: int
+
+
+class Guest(Protocol):
+    """The interface that both kinds of guest have.
+
+    The methods raise GuestError when the guest's process refuses or is gone.
+    """
+
+    machine: str
+    blocks: Sequence[RamBlock]
+    vcpus: Sequence[int]
+    state: GuestState
+    abilities: int
+    """UFFD_CAN_… mask of what the userfaultfd was negotiated for."""
+
+    @property
+    def device(self) -> Device | None:
+        """None: the guest has no device state."""
+
+    @property
+    def userfaultfd(self) -> int | None:
+        """None: nobody runs on the RAM, or see `no_userfaultfd`."""
+
+    @property
+    def pagemap(self) -> int | None:
+        """Of the guest's process; None: writes cannot be tracked."""
+
+    no_userfaultfd: str | None
+    """Why an attached guest came without a userfaultfd, and the fix."""
+
+    async def stop(self) -> None: ...
+
+    async def cont(self) -> None: ...
+
+    async def save(self) -> bytes: ...
+
+    async def load(self, device: Device, state: bytes) -> None: ...
+
+    async def quit(self) -> None: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,171 @@
+"""The destination's QMP commands: checked arguments in, one call, reply out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from common import address, status
+from common.errors import GuestError, HostError
+from common.qmp.session import CommandError
+from common.status import MigrationStatus as M
+from dstd.incoming import IncomingMigration
+from dstd.report import migration_info
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    import trio
+
+    from common.config import ServeConfig
+    from common.monitor import Monitor
+    from common.qmp.message import Json
+    from common.qmp.server import Handler
+
+ARRIVED: Final = frozenset({"running", "paused"})
+
+
+class DestinationCommands:
+    """Receives the monitor's guest, once.
+
+    `failed` is set when a migration failed that was to end the process.
+    """
+
+    def __init__(
+        self, monitor: Monitor, config: ServeConfig, nursery: trio.Nursery
+    ) -> None:
+        self._monitor = monitor
+        self._config = config
+        self._nursery = nursery
+        self._status = status.incoming()
+        self._status.listeners.append(self._announce)
+        self._migration: IncomingMigration | None = None
+        self._stay_stopped = False
+        self.failed = False
+        monitor.settings.postcopy_problem = self._postcopy_problem
+        monitor.settings.listening = lambda: self._migration is not None
+        monitor.memory_problem = self._memory_problem
+
+    @property
+    def handlers(self) -> dict[str, Handler]:
+        return {
+            **self._monitor.handlers,
+            "stop": self._stop,
+            "cont": self._cont,
+            "migrate": self._migrate,
+            "migrate-incoming": self._migrate_incoming,
+            "migrate-start-postcopy": self._start_postcopy,
+            "migrate_cancel": self._cancel,
+            "query-migrate": self._query_migrate,
+        }
+
+    def _announce(self, old: M, new: M) -> None:
+        if self._monitor.settings.on("events"):
+            self._monitor.emit("MIGRATION", {"status": new})
+
+    def _postcopy_problem(self) -> str | None:
+        migration = self._migration or self._new_migration()
+        try:
+            return migration.postcopy_problem()
+        finally:
+            if migration is not self._migration:
+                migration.memory.close()
+
+    def _memory_problem(self) -> str | None:
+        """Guest memory is not all here before the migration is over."""
+        if self._migration and self._status.now is not M.COMPLETED:
+            return "guest memory is still arriving; wait until the migration completed"
+        return None
+
+    def _new_migration(self) -> IncomingMigration:
+        return IncomingMigration(
+            self._monitor.guest,
+            self._monitor.settings,
+            self._status,
+            self._monitor.emit,
+            self._monitor.set_run_state,
+            lambda: self._stay_stopped,
+            copy=self._config.copy,
+            overcommit=self._config.overcommit,
+        )
+
+    async def listen(self, target: address.Address, *, exit_on_error: bool) -> None:
+        """Begin to wait for a source; HostError if the address cannot be bound."""
+        migration = self._new_migration()
+        try:
+            await migration.listen(target)
+        except HostError:
+            migration.memory.close()
+            raise
+        self._migration = migration
+        self._nursery.start_soon(self._run, migration, exit_on_error)
+
+    async def _run(self, migration: IncomingMigration, exit_on_error: bool) -> None:
+        await migration.run()
+        if self._status.now is M.FAILED and exit_on_error:
+            self.failed = True
+            self._monitor.close()
+            self._monitor.quitting.set()
+
+    @property
+    def error(self) -> str:
+        return str(self._migration.error) if self._migration else ""
+
+    # -- run state
+
+    async def _stop(self, _: Mapping[str, Json]) -> Json:
+        if self._monitor.run_state == "inmigrate":
+            self._stay_stopped = True
+        elif self._monitor.run_state == "running":
+            await _checked(self._monitor.stop_guest)
+        return None
+
+    async def _cont(self, _: Mapping[str, Json]) -> Json:
+        if self._monitor.run_state == "inmigrate":
+            self._stay_stopped = False
+        elif self._monitor.run_state in ARRIVED - {"running"}:
+            await _checked(self._monitor.continue_guest)
+        return None
+
+    # -- migration
+
+    async def _migrate(self, _: Mapping[str, Json]) -> Json:
+        raise CommandError("Guest is waiting for an incoming migration")
+
+    async def _migrate_incoming(self, arguments: Mapping[str, Json]) -> Json:
+        if self._migration is not None:
+            raise CommandError("The incoming migration has already been started")
+        exit_on_error = bool(arguments.get("exit-on-error", True))
+        try:
+            target = address.of_arguments(arguments)
+        except address.AddressError as error:
+            raise CommandError(str(error)) from None
+        many = isinstance(target, address.Tcp | address.Unix)
+        if self._monitor.settings.on("postcopy-preempt") and not many:
+            raise CommandError("Migration requires multi-channel URIs (e.g. tcp)")
+        try:
+            await self.listen(target, exit_on_error=exit_on_error)
+        except HostError as error:
+            raise CommandError(str(error)) from None
+        return None
+
+    async def _start_postcopy(self, _: Mapping[str, Json]) -> Json:
+        if not self._monitor.settings.on("postcopy-ram"):
+            raise CommandError(
+                "Enable postcopy with migrate_set_capability before the start of"
+                " migration"
+            )
+        raise CommandError("Postcopy must be started after migration has been started")
+
+    async def _cancel(self, _: Mapping[str, Json]) -> Json:
+        """QEMU looks at outgoing migrations only, and so do scripts."""
+        return None
+
+    async def _query_migrate(self, _: Mapping[str, Json]) -> Json:
+        return migration_info(self._migration) if self._migration else {}
+
+
+async def _checked(change: Callable[[], Awaitable[None]]) -> None:
+    try:
+        await change()
+    except GuestError as error:
+        raise CommandError(str(error)) from None

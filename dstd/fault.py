@@ -1,0 +1,213 @@
+"""Python face of the destination's loops: faults, and pages on both channels."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from common.native._native import ffi, lib
+from common.native.loop import Stop, check, run_loop
+from common.native.ram import Ram
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from common.channel import Channel
+    from common.guest.base import Guest
+    from common.native import CData
+
+NS_PER_MS: Final = 1_000_000
+# QEMU's postcopy-latency-dist: bucket N counts 2^N to 2^(N+1) microseconds.
+LATENCY_BUCKETS: Final = 24
+
+
+_WAYS: Final = {
+    int(lib.PLACE_FILE): "file",
+    int(lib.PLACE_CONTINUE): "continue",
+    int(lib.PLACE_COPY): "copy",
+}
+
+
+def choose_way(guest: Guest, *, copy: bool = False) -> int:
+    """How pages get into this guest; `copy` forces the fall-back of old kernels."""
+    if guest.userfaultfd is None:
+        return int(lib.PLACE_FILE)
+    if copy or not guest.abilities & lib.UFFD_CAN_MINOR:
+        return int(lib.PLACE_COPY)
+    return int(lib.PLACE_CONTINUE)
+
+
+class Memory:
+    """The guest's RAM while it arrives: what is here, what is asked for."""
+
+    def __init__(self, guest: Guest, way: int) -> None:
+        self._ram = Ram(guest.blocks)
+        self._native = ffi.new("struct destination *")
+        vcpus = ffi.new("uint32_t[]", list(guest.vcpus))
+        uffd = -1 if guest.userfaultfd is None else guest.userfaultfd
+        check(lib.ram_prepare_destination(self._ram.native))
+        check(
+            lib.destination_open(
+                self._native, self._ram.native, way, uffd, vcpus, len(guest.vcpus)
+            )
+        )
+        self.stop = Stop()
+        self.way = way
+        self._channel: CData = None
+
+    @property
+    def way_name(self) -> str:
+        return _WAYS[self.way]
+
+    @property
+    def native(self) -> CData:
+        return self._native
+
+    @property
+    def stats(self) -> CData:
+        return self._native.stats
+
+    @property
+    def total(self) -> int:
+        """Bytes of RAM."""
+        return int(self._ram.native.total)
+
+    @property
+    def missing(self) -> int:
+        """Host pages that are not here; counted from `listen` on."""
+        return int(lib.destination_missing(self._native))
+
+    def empty(self) -> None:
+        """All RAM reads as zero afterwards."""
+        check(lib.destination_empty(self._native))
+
+    def probe(self) -> None:
+        """HostError unless the guest's RAM can be registered for faults."""
+        check(lib.destination_probe(self._native))
+
+    def connect(self, channel: Channel | None) -> None:
+        """Send page requests there; None: the connection is gone."""
+        self._channel = channel.native if channel else None
+        lib.rpath_connect(
+            ffi.addressof(self._native, "rpath"), self._channel or ffi.NULL
+        )
+
+    def listen(self) -> None:
+        """From here on missing pages make the guest wait."""
+        check(lib.destination_listen(self._native))
+
+    async def faults(self) -> None:
+        """Answer the guest's faults until cancelled."""
+        if self.way != lib.PLACE_FILE:
+            await run_loop(lambda: lib.fault_run(self._native, self.stop.fd), self.stop)
+
+    async def sweep(self) -> None:
+        """Map what came in precopy, so that the guest does not fault on it."""
+        await run_loop(lambda: lib.place_sweep(self._native, self.stop.fd), self.stop)
+
+    async def complete(self) -> None:
+        """Wait until nothing is missing."""
+        await trio.lowlevel.wait_readable(self._native.complete_fd)
+
+    def finish(self) -> None:
+        """All is here: the kernel handles the guest's faults again."""
+        check(lib.destination_finish(self._native))
+
+    # -- figures
+
+    @property
+    def requests(self) -> int:
+        return int(self._native.rpath.requests)
+
+    def blocktime_ms(self) -> int:
+        """Time in which every vCPU waited for a page."""
+        return int(self._native.waiting.all_blocked_ns) // NS_PER_MS
+
+    def vcpu_blocktimes_ms(self) -> list[int]:
+        return [int(vcpu.blocked_ns) // NS_PER_MS for vcpu in self._vcpus()]
+
+    def vcpu_latencies_ns(self) -> list[int]:
+        """Mean wait of each vCPU for a page."""
+        return [_mean(vcpu.blocked_ns, vcpu.faults) for vcpu in self._vcpus()]
+
+    def other_latency_ns(self) -> int:
+        """Mean wait of threads that are no vCPUs."""
+        waiting = self._native.waiting
+        return _mean(waiting.other_ns, waiting.other_faults)
+
+    def latency_ns(self) -> int:
+        latency = self._native.waiting.latency
+        return _mean(latency.sum_ns, latency.count)
+
+    def latency_distribution(self) -> list[int]:
+        edges = [0, *(1 << n for n in range(1, LATENCY_BUCKETS)), 1 << 50]
+        histogram = self._histogram
+        return [
+            int(lib.histogram_between_us(histogram, low, high))
+            for low, high in itertools.pairwise(edges)
+        ]
+
+    def latency_percentile_ns(self, permille: int) -> int:
+        return int(lib.histogram_percentile(self._histogram, permille))
+
+    @property
+    def _histogram(self) -> CData:
+        return ffi.addressof(self._native.waiting, "latency")
+
+    def _vcpus(self) -> Sequence[CData]:
+        waiting = self._native.waiting
+        return [waiting.vcpus[i] for i in range(waiting.vcpu_count)]
+
+    def close(self) -> None:
+        """No loop may run any more."""
+        lib.destination_close(self._native)
+        self._ram.close()
+        self.stop.close()
+
+
+def _mean(total: int, count: int) -> int:
+    return int(total) // int(count) if count else 0
+
+
+class Loader:
+    """Takes RAM records from one channel and places their pages."""
+
+    def __init__(self, memory: Memory, channel: Channel, *, preempt: bool) -> None:
+        self._channel = channel
+        self._memory = memory
+        self._native = ffi.new("struct loader *")
+        check(lib.loader_open(self._native, memory.native, channel.native, preempt))
+
+    def begin(self, section_id: int) -> None:
+        """The RAM section has started under this id."""
+        self._native.section_id = section_id
+
+    def advise(self) -> None:
+        """Discards are legal from here on."""
+        self._native.advised = 1
+
+    @property
+    def discards(self) -> int:
+        return int(self._native.discards)
+
+    @property
+    def ended(self) -> bool:
+        """The RAM section's END has been read."""
+        return bool(self._native.ended)
+
+    async def sections(self) -> int | None:
+        """Load RAM until something else comes; its type byte. None: stopped."""
+        if not await run_loop(lambda: lib.load_main(self._native), self._channel.stop):
+            return None
+        return int(self._native.next)
+
+    async def urgent_pages(self) -> bool:
+        """Load the preempt channel; True: the source said that this was all."""
+        return await run_loop(
+            lambda: lib.load_preempt(self._native), self._channel.stop
+        )
+
+    def close(self) -> None:
+        lib.loader_close(self._native)

@@ -1,0 +1,145 @@
+"""Python face of the source's loops: pages out, return path in, dirty bitmaps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from common.native._native import ffi, lib
+from common.native.loop import check, run_loop
+from common.native.ram import Ram
+from common.stream import constants as c
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from common.channel import Channel
+    from common.guest.base import RamBlock
+    from common.native import CData
+
+PAGE: Final = c.TARGET_PAGE_SIZE
+
+
+class Pump:
+    """RAM blocks, their bitmaps and the loops that send them.
+
+    Made for one migration. The loops run on the channels of `connect`.
+    """
+
+    def __init__(self, blocks: Sequence[RamBlock]) -> None:
+        self._ram = Ram(blocks)
+        self._native = ffi.new("struct source *")
+        check(lib.ram_prepare_source(self._ram.native))
+        check(lib.source_open(self._native, self._ram.native, c.RAM_SECTION_ID))
+        self._main: Channel | None = None
+        self._keep: tuple[CData, ...] = ()
+
+    @property
+    def ram(self) -> Ram:
+        return self._ram
+
+    @property
+    def total(self) -> int:
+        """Bytes of RAM."""
+        return int(self._ram.native.total)
+
+    @property
+    def stats(self) -> CData:
+        return self._native.stats
+
+    def connect(self, main: Channel, preempt: Channel | None) -> None:
+        """Use these channels; without `preempt` urgent pages go on main."""
+        urgent = preempt or main
+        self._main = main
+        self._keep = (main.native, urgent.native)
+        lib.source_connect(self._native, main.native, urgent.native)
+
+    def limit(self, bytes_per_second: int) -> None:
+        """Bandwidth of pages that nobody asked for; 0 is unlimited."""
+        lib.source_limit(self._native, bytes_per_second)
+
+    def cut_short(self, yes: bool) -> None:
+        """Leave the running pass as soon as possible, and any later one."""
+        lib.source_yield(self._native, yes)
+
+    def dirty_bytes(self) -> int:
+        return int(lib.source_dirty_pages(self._native)) * PAGE
+
+    def owed_bytes(self) -> int:
+        return int(lib.source_owed_pages(self._native)) * PAGE
+
+    def owe_dirty(self) -> None:
+        """The guest has stopped: what is dirty is owed from now on."""
+        lib.source_owe_dirty(self._native)
+
+    def will_end(self) -> None:
+        """EOF comes next; a peer that closes its preempt channel is right."""
+        self._native.ended = 1
+
+    async def precopy_pass(self) -> bool:
+        """Send what is dirty; False if it was cut short."""
+        return await self._run(lib.pump_precopy)
+
+    async def discards(self) -> None:
+        await self._run(lib.pump_discards)
+
+    async def postcopy(self) -> None:
+        """Send what is owed; returns when nothing is left or in flight."""
+        await self._run(lib.pump_postcopy)
+
+    async def message(self) -> tuple[int, bytes] | None:
+        """The next return path message that is no page request; None: stopped."""
+        message = ffi.new("struct rp_message *")
+        assert self._main is not None
+        if not await run_loop(
+            lambda: lib.rpath_run(self._native, message), self._main.stop
+        ):
+            return None
+        payload = bytes(ffi.buffer(message.payload, message.length))
+        return message.type, payload
+
+    async def _run(self, loop: CData) -> bool:
+        assert self._main is not None
+        return await run_loop(lambda: loop(self._native), self._main.stop)
+
+    def close(self) -> None:
+        """No loop may run any more."""
+        lib.source_close(self._native)
+        self._ram.close()
+
+
+class Tracking:
+    """Dirty tracking of one migration; `how` names the way, for log and query."""
+
+    def __init__(self, ram: Ram, *, way: int, uffd: int, pagemap: int) -> None:
+        self._native = ffi.new("struct dirty *")
+        self._native.ram = ram.native
+        self._native.way = way
+        self._native.uffd = uffd
+        self._native.pagemap = pagemap
+        self._pages = ffi.new("uint64_t *")
+
+    @property
+    def how(self) -> str:
+        return _WAYS[int(self._native.way)]
+
+    def start(self) -> None:
+        """Everything is dirty, and from here on every write is seen."""
+        check(lib.dirty_start(self._native))
+
+    def sync(self) -> int:
+        """Collect what was written; the number of target pages.
+
+        Not a loop: less than 1 ms per GiB of idle guest, 23 ms at the worst.
+        """
+        check(lib.dirty_sync(self._native, self._pages))
+        return int(self._pages[0])
+
+    def stop(self) -> None:
+        check(lib.dirty_stop(self._native))
+
+
+_WAYS: Final = {
+    lib.DIRTY_NEVER: "none needed: nobody writes this RAM",
+    lib.DIRTY_UNKNOWN: "none: every page counts as dirty in every pass",
+    lib.DIRTY_WP_ASYNC: "userfaultfd write protection with PAGEMAP_SCAN",
+}
