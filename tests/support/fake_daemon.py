@@ -7,10 +7,15 @@ little, and blocks: each call waits up to TIMEOUT_S for the VMM.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import fcntl
 import json
 import mmap
 import os
+import select
 import socket
+import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +26,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 TIMEOUT_S = 30.0
+PAGE = 4096
 MESSAGE_MAX = 65_536
 DESCRIPTORS_MAX = 128
 
@@ -174,3 +180,58 @@ class FakeDaemon:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+# From linux/userfaultfd.h.
+_UFFDIO_API = 0xC018AA3F
+_UFFDIO_REGISTER = 0xC020AA00
+_UFFDIO_COPY = 0xC028AA03
+_UFFD_API = 0xAA
+_MODE_MISSING = 1
+_EVENT_PAGEFAULT = 0x12
+_EVENT_SIZE = 32
+
+
+class MissingPages:
+    """The destination half of postcopy, one page at a time.
+
+    From here on the guest waits at every page that is not in its RAM yet;
+    `next_fault` says which it is, `place` fills it and lets the guest go on.
+    """
+
+    def __init__(self, vmm: Attached) -> None:
+        block = vmm.message["blocks"][0]
+        self.fd = vmm.descriptors["userfaultfd"]
+        self.base = block["base"]
+        self.page_size = block["page-size"]
+        fcntl.ioctl(self.fd, _UFFDIO_API, struct.pack("QQQ", _UFFD_API, 0, 0))
+        fcntl.ioctl(
+            self.fd,
+            _UFFDIO_REGISTER,
+            struct.pack("QQQQ", self.base, block["length"], _MODE_MISSING, 0),
+        )
+
+    def next_fault(self) -> int:
+        """The offset in RAM of the next page that somebody waits for."""
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        if not poll.poll(TIMEOUT_S * 1000):
+            raise TimeoutError("nobody waits for a page")
+        event = os.read(self.fd, _EVENT_SIZE)
+        kind, address = event[0], struct.unpack_from("Q", event, 16)[0]
+        assert kind == _EVENT_PAGEFAULT
+        return (address - self.base) // self.page_size * self.page_size
+
+    def place(self, offset: int, data: bytes) -> None:
+        """Put a page where none is; nothing if there is one already."""
+        source = ctypes.create_string_buffer(data, len(data))
+        copy = struct.pack(
+            "QQQQq",
+            self.base + offset,
+            ctypes.addressof(source),
+            len(data),
+            0,
+            0,
+        )
+        with contextlib.suppress(FileExistsError):
+            fcntl.ioctl(self.fd, _UFFDIO_COPY, copy)

@@ -283,11 +283,13 @@ static bool go_on(struct control *c, struct fail *why)
     return true;
 }
 
-static void stop(struct control *c)
+static bool stop(struct control *c, struct fail *why)
 {
-    gate_close(&c->engine->gate);
+    if (!gate_close(&c->engine->gate, why))
+        return false;
     if (c->state == GUEST_RUNNING)
         c->state = GUEST_PAUSED;
+    return true;
 }
 
 /* The one descriptor that comes with the request; -1 if it is not one. */
@@ -324,8 +326,7 @@ static bool do_request(struct control *c, const struct attach_message *m,
 {
     switch (m->request) {
     case ATTACH_STOP:
-        stop(c);
-        return true;
+        return stop(c, why);
     case ATTACH_CONT:
         return go_on(c, why);
     case ATTACH_SAVE:
@@ -433,8 +434,13 @@ static bool has_ended(const struct control *c)
 
 static void tell_end(struct control *c)
 {
-    /* Closed for good; taking the lock makes the reason ours to read. */
-    stop(c);
+    struct fail why;
+
+    /*
+     * The gate is closed for good already. This takes its lock, which makes
+     * the reason ours to read, and lets the other vCPUs come to rest.
+     */
+    stop(c, &why);
     c->told_end = true;
     send_text(c, attach_shutdown_text(c->engine->gate.reason.text), NULL, 0);
 }

@@ -12,6 +12,9 @@
 
 #define KICK SIGUSR1
 
+/* Less than a daemon waits for the answer. */
+#define CLOSE_PATIENCE_S 5
+
 static __thread struct gate_thread *self;
 
 static void on_kick(int number)
@@ -83,6 +86,18 @@ void gate_open(struct gate *gate)
     pthread_mutex_unlock(&gate->lock);
 }
 
+static struct timespec from_now(uint64_t microseconds)
+{
+    struct timespec at;
+    uint64_t nanoseconds;
+
+    clock_gettime(CLOCK_MONOTONIC, &at);
+    nanoseconds = (uint64_t)at.tv_nsec + microseconds * 1000;
+    at.tv_sec += (time_t)(nanoseconds / 1000000000);
+    at.tv_nsec = (long)(nanoseconds % 1000000000);
+    return at;
+}
+
 static void shut_locked(struct gate *gate)
 {
     gate->open = false;
@@ -91,13 +106,33 @@ static void shut_locked(struct gate *gate)
     pthread_cond_broadcast(&gate->changed);
 }
 
-void gate_close(struct gate *gate)
+/* False if the time is over before all threads have left. */
+static bool wait_until_left_locked(struct gate *gate)
 {
+    struct timespec until = from_now((uint64_t)CLOSE_PATIENCE_S * 1000000);
+
+    while (gate->inside > 0) {
+        if (pthread_cond_timedwait(&gate->changed, &gate->lock, &until) != 0)
+            return gate->inside == 0;
+    }
+    return true;
+}
+
+bool gate_close(struct gate *gate, struct fail *why)
+{
+    bool was_open, closed;
+
     pthread_mutex_lock(&gate->lock);
+    was_open = gate->open;
     shut_locked(gate);
-    while (gate->inside > 0)
-        pthread_cond_wait(&gate->changed, &gate->lock);
+    closed = wait_until_left_locked(gate);
+    if (!closed) {
+        gate->open = was_open && !gate->ended;
+        pthread_cond_broadcast(&gate->changed);
+    }
     pthread_mutex_unlock(&gate->lock);
+    return closed || fail(why, "a vCPU waits in the kernel for a page and "
+                          "cannot be stopped before it comes");
 }
 
 void gate_enter(struct gate_thread *thread)
@@ -125,14 +160,9 @@ void gate_leave(struct gate_thread *thread)
 
 void gate_nap(struct gate_thread *thread, uint32_t microseconds)
 {
+    struct timespec until = from_now(microseconds);
     struct gate *gate = thread->gate;
-    struct timespec until;
-    int64_t nanoseconds;
 
-    clock_gettime(CLOCK_MONOTONIC, &until);
-    nanoseconds = until.tv_nsec + (int64_t)microseconds * 1000;
-    until.tv_sec += nanoseconds / 1000000000;
-    until.tv_nsec = nanoseconds % 1000000000;
     pthread_mutex_lock(&gate->lock);
     while (gate->open &&
            pthread_cond_timedwait(&gate->changed, &gate->lock, &until) == 0)

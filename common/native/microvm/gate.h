@@ -56,7 +56,13 @@ bool gate_start(struct gate *gate, struct gate_thread *thread,
 
 /* For the controlling thread. An ended guest stays closed. */
 void gate_open(struct gate *gate);
-void gate_close(struct gate *gate);
+
+/*
+ * False, and the gate is open as before, if a thread can't be got out: KVM may
+ * wait for a missing page on its own behalf, for instance for a page table of
+ * the guest, and only a signal that kills ends that.
+ */
+bool gate_close(struct gate *gate, struct fail *why);
 
 /* For the guest's threads. */
 void gate_enter(struct gate_thread *thread);
