@@ -5,12 +5,14 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <signal.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <linux/userfaultfd.h>
@@ -120,6 +122,87 @@ int open_ready_uffd(void)
     NEED(fd >= 0);
     NEED(RESULT_IS_OK(uffd_negotiate(fd, &abilities)));
     return fd;
+}
+
+uint32_t thread_id(void)
+{
+    return (uint32_t)syscall(SYS_gettid);
+}
+
+/* A descriptor of another process, by its number there. */
+static int fetch_descriptor(int pid, int number)
+{
+    int pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
+    int fd = -1;
+
+    if (pidfd >= 0) {
+        fd = (int)syscall(SYS_pidfd_getfd, pidfd, number, 0);
+        close(pidfd);
+    }
+    return fd;
+}
+
+struct made {
+    uint64_t base;
+    int64_t uffd;
+};
+
+static void stranger_main(int out, int memory, uint64_t length)
+{
+    struct made made = { .uffd = open_uffd() };
+
+    made.base = (uint64_t)(uintptr_t)map_memory(memory, length);
+    NEED(write(out, &made, sizeof(made)) == sizeof(made));
+    for (;;) {
+        pause();
+    }
+}
+
+bool stranger_open(struct stranger *s, uint64_t length)
+{
+    struct made made;
+    char path[64];
+    int fds[2];
+
+    *s = (struct stranger){ .length = length };
+    s->memory = memfd_create("stranger", MFD_CLOEXEC);
+    NEED(s->memory >= 0 && ftruncate(s->memory, (off_t)length) == 0);
+    NEED(pipe(fds) == 0);
+    s->pid = fork();
+    NEED(s->pid >= 0);
+    if (s->pid == 0) {
+        stranger_main(fds[1], s->memory, length);
+    }
+    NEED(read(fds[0], &made, sizeof(made)) == sizeof(made));
+    close(fds[0]);
+    close(fds[1]);
+    s->base = made.base;
+    snprintf(path, sizeof(path), "/proc/%d/pagemap", s->pid);
+    s->pagemap = open(path, O_RDONLY | O_CLOEXEC);
+    s->uffd = fetch_descriptor(s->pid, (int)made.uffd);
+    if (s->pagemap < 0 || s->uffd < 0) {
+        stranger_kill(s);
+        stranger_close(s);
+        return false;
+    }
+    return true;
+}
+
+void stranger_kill(struct stranger *s)
+{
+    NEED(kill(s->pid, SIGKILL) == 0);
+    NEED(waitpid(s->pid, NULL, 0) == s->pid);
+}
+
+void stranger_close(struct stranger *s)
+{
+    close(s->memory);
+    if (s->pagemap >= 0) {
+        close(s->pagemap);
+    }
+    if (s->uffd >= 0) {
+        close(s->uffd);
+    }
 }
 
 /* --- contents -------------------------------------------------------------- */

@@ -57,6 +57,27 @@ int open_uffd(void);
 /* The same, negotiated. */
 int open_ready_uffd(void);
 
+/* Of the calling thread, as userfaultfd names it. */
+uint32_t thread_id(void);
+
+/*
+ * Another process with a block of memory, as seen by a daemon: it was forked
+ * off and lives until stranger_kill().
+ */
+struct stranger {
+    int pid;
+    int uffd; /* its userfaultfd, negotiated */
+    int pagemap;
+    int memory; /* the memfd */
+    uint64_t base;
+    uint64_t length;
+};
+
+/* False if this process may not look into another one. */
+bool stranger_open(struct stranger *s, uint64_t length);
+void stranger_kill(struct stranger *s);
+void stranger_close(struct stranger *s);
+
 /* --- contents -------------------------------------------------------------- */
 
 /* A target page whose every word depends on the seed. */
