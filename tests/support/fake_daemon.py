@@ -213,14 +213,18 @@ class MissingPages:
 
     def next_fault(self) -> int:
         """The offset in RAM of the next page that somebody waits for."""
-        poll = select.poll()
-        poll.register(self.fd, select.POLLIN)
-        if not poll.poll(TIMEOUT_S * 1000):
-            raise TimeoutError("nobody waits for a page")
-        event = os.read(self.fd, _EVENT_SIZE)
-        kind, address = event[0], struct.unpack_from("Q", event, 16)[0]
+        kind, address = struct.unpack_from("B15xQ", self._next_event())
         assert kind == _EVENT_PAGEFAULT
         return (address - self.base) // self.page_size * self.page_size
+
+    def _next_event(self) -> bytes:
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        while poll.poll(TIMEOUT_S * 1000):
+            # There is nothing to read if the thread was called away since.
+            with contextlib.suppress(BlockingIOError):
+                return os.read(self.fd, _EVENT_SIZE)
+        raise TimeoutError("nobody waits for a page")
 
     def place(self, offset: int, data: bytes) -> None:
         """Put a page where none is; nothing if there is one already."""
