@@ -12,7 +12,9 @@
  *
  * attach_vmm.py does the same; a guest can move from one to the other.
  */
+#ifndef _GNU_SOURCE
 #define _GNU_SOURCE
+#endif
 #include <endian.h>
 #include <err.h>
 #include <fcntl.h>
