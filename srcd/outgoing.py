@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
@@ -71,6 +71,20 @@ class Times:
     stopped: float = 0.0
     handed_over: float = 0.0
     ended: float = 0.0
+    marks: list[tuple[str, float]] = field(default_factory=list)
+
+    def mark(self, part: str) -> None:
+        """A part of the downtime is over."""
+        self.marks.append((part, time.monotonic()))
+
+    def downtime_parts_ms(self) -> dict[str, float]:
+        """What the downtime was spent on, in order."""
+        parts = {}
+        before = self.stopped
+        for part, moment in self.marks:
+            parts[part] = round((moment - before) * 1000, 3)
+            before = moment
+        return parts
 
 
 @dataclass(slots=True)
@@ -348,7 +362,9 @@ class OutgoingMigration:
         if self._was_running:
             self._emit("STOP", None)
         self.status.set(M.DEVICE)
+        self.times.mark("stop")
         self.tracking.sync()
+        self.times.mark("sync")
         self.last_pass.number += 1
         self._emit("MIGRATION_PASS", {"pass": self.last_pass.number})
 
@@ -393,19 +409,28 @@ class OutgoingMigration:
         await self._stop_guest()
         self.pump.limit(0)
         await self.pump.precopy_pass()
+        self.times.mark("pages")
         sections, described = await self._device_sections()
         end = section.encode_section(
             section.End(section_id=c.RAM_SECTION_ID), fields.be64(c.RAM_SAVE_FLAG_EOS)
         )
         description = vmdesc.encode(vmdesc.describe(described))
+        self.times.mark("save")
         await self._main.write(end + sections + section.EOF + description)
+        self.times.mark("send")
         if self._return_path:
             if self.peer_is_dstd:
                 await self._pong(c.PING_LOADED)
                 await self._commit()
             await self._shut_down()
+        self._handed_over()
+
+    def _handed_over(self) -> None:
+        """The destination has the guest: the end of the downtime."""
         self.times.handed_over = time.monotonic()
+        self.times.mark("load")
         self.sent.downtime = self.bytes_sent - self.sent.precopy
+        log.info("downtime parts in ms: %s", self.times.downtime_parts_ms())
 
     async def _commit(self) -> None:
         """Give the guest up for good; dstd runs it only when it has read this."""
@@ -430,8 +455,7 @@ class OutgoingMigration:
             if self.peer_is_dstd:
                 await self._commit()
             self._given_up = True
-            self.times.handed_over = time.monotonic()
-            self.sent.downtime = self.bytes_sent - self.sent.precopy
+            self._handed_over()
             self.status.set(M.POSTCOPY_ACTIVE)
         await self._end_postcopy()
 
@@ -441,7 +465,9 @@ class OutgoingMigration:
         self.pump.connect(self._main, self._preempt)
         self.pump.owe_dirty()
         await self.pump.discards()
+        self.times.mark("discard")
         sections, _ = await self._device_sections()
+        self.times.mark("save")
         package = encode_package(Package(sections=sections))
         self._packaged = True
         self.apply_limits()
@@ -451,6 +477,7 @@ class OutgoingMigration:
             + package
             + command.encode(command.Ping(c.PING_LISTENING))
         )
+        self.times.mark("send")
 
     async def _pump_pages(self) -> None:
         assert self.pump is not None

@@ -151,6 +151,21 @@ uint64_t bitmap_next_clear(const struct bitmap *b, uint64_t from)
     return next_bit(b, from, UINT64_MAX);
 }
 
+bool bitmap_all_set(const struct bitmap *b, uint64_t first, uint64_t count)
+{
+    uint64_t end = first + count;
+
+    for (uint64_t w = first / WORD_BITS; count && w <= (end - 1) / WORD_BITS;
+         w++) {
+        uint64_t mask = range_mask(w, first, end);
+
+        if ((load_word(b, w) & mask) != mask) {
+            return false;
+        }
+    }
+    return true;
+}
+
 uint64_t bitmap_count(const struct bitmap *b)
 {
     uint64_t count = 0;

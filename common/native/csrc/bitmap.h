@@ -37,6 +37,9 @@ void bitmap_clear_range(struct bitmap *b, uint64_t first, uint64_t count);
 uint64_t bitmap_next_set(const struct bitmap *b, uint64_t from);
 uint64_t bitmap_next_clear(const struct bitmap *b, uint64_t from);
 
+/* Are all bits of [first, first + count) set? Looks no further than that. */
+bool bitmap_all_set(const struct bitmap *b, uint64_t first, uint64_t count);
+
 uint64_t bitmap_count(const struct bitmap *b);
 
 #endif

@@ -159,7 +159,7 @@ static uint64_t settle_block(struct ram_block *b)
     for (uint64_t host = 0; host < block_hosts(b); host++) {
         uint64_t first = host << block_pages_bits(b);
 
-        if (bitmap_next_clear(&b->received, first) >= first + per_host) {
+        if (bitmap_all_set(&b->received, first, per_host)) {
             bitmap_test_and_set(&b->claimed, host);
         } else {
             bitmap_clear_range(&b->received, first, per_host);
@@ -274,6 +274,9 @@ struct result place_early(struct destination *d, struct ram_block *b,
     } else {
         r = write_file(b, offset, iov, count);
     }
+    if (!RESULT_IS_OK(r)) {
+        return r;
+    }
     bitmap_set_range(&b->populated, host, last - host + 1);
     bitmap_set_range(&b->received, page, count);
     return r;
@@ -323,16 +326,34 @@ static void account(struct destination *d, struct ram_block *b, uint64_t host,
     }
 }
 
+/*
+ * A page that is a hole again was given back by the guest (a balloon) before it
+ * was mapped: whoever waits for it faults again and finds the hole.
+ */
 static struct result map_range(struct destination *d, struct ram_block *b,
                                uint64_t host, uint64_t count)
 {
-    struct result r = uffd_continue(d->uffd, address_of(b, host),
-                                    count << b->host_bits, b->page_size);
+    uint64_t end = host + count;
 
-    if (RESULT_IS_OK(r)) {
-        bitmap_set_range(&b->mapped, host, count);
+    while (host < end) {
+        struct result r = uffd_continue(d->uffd, address_of(b, host),
+                                        (end - host) << b->host_bits,
+                                        b->page_size);
+        uint64_t done = RESULT_IS_OK(r) ? end - host :
+                                          r.offset >> b->host_bits;
+
+        bitmap_set_range(&b->mapped, host, done);
+        host += done;
+        if (!RESULT_IS_OK(r)) {
+            if (r.kind != RESULT_HOST || r.err != EFAULT) {
+                return r;
+            }
+            bitmap_test_and_clear(&b->populated, host);
+            (void)uffd_wake(d->uffd, address_of(b, host), b->page_size);
+            host++;
+        }
     }
-    return r;
+    return result_ok();
 }
 
 static struct result copy_pages(struct destination *d, struct ram_block *b,
@@ -384,8 +405,12 @@ static struct result resolve_hole(struct destination *d, struct ram_block *b,
                                   uint64_t host)
 {
     if (!block_is_huge(b)) {
-        return uffd_zero(d->uffd, address_of(b, host), b->page_size,
-                         b->page_size);
+        struct result r = uffd_zero(d->uffd, address_of(b, host),
+                                    b->page_size, b->page_size);
+
+        /* Unmapped some day (swap), its fault needs a CONTINUE. */
+        bitmap_test_and_set(&b->populated, host);
+        return r;
     }
     /* hugetlbfs has no UFFDIO_ZEROPAGE. */
     if (d->way == PLACE_COPY) {
@@ -488,8 +513,7 @@ struct result place_resolve(struct destination *d, struct ram_block *b,
     }
     /* Whether it is mapped or not: this wakes who waits. */
     r = map_range(d, b, host, 1);
-    if (r.kind == RESULT_HOST && r.err == EFAULT) {
-        /* The guest gave the page back meanwhile; it reads as zero now. */
+    if (RESULT_IS_OK(r) && !bitmap_test(&b->populated, host)) {
         return resolve_hole(d, b, host);
     }
     if (RESULT_IS_OK(r) && around > 1) {
