@@ -40,7 +40,8 @@ void guest_open(struct guest *g, const struct block_spec *specs,
     NEED(RESULT_IS_OK(ram_open(&g->ram, count)));
     for (uint32_t i = 0; i < count; i++) {
         bool huge = specs[i].page_size == HUGE && !specs[i].plain;
-        int fd = memfd_create("guest", MFD_CLOEXEC | (huge ? MFD_HUGETLB : 0));
+        int fd = memfd_create("guest", MFD_CLOEXEC | MFD_ALLOW_SEALING |
+                                           (huge ? MFD_HUGETLB : 0));
 
         NEED(fd >= 0);
         NEED(ftruncate(fd, (off_t)specs[i].length) == 0);
