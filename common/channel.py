@@ -67,6 +67,18 @@ class Channel:
             raise ChannelLost("the channel was shut down", channel=self.name)
         return bytes(ffi.buffer(data, size))
 
+    async def read_some(self) -> bytes:
+        """What has come, and that is at least one byte; nothing at the end."""
+        try:
+            more = await run_loop(lambda: lib.channel_fill(self.native, 1), self.stop)
+        except ChannelLost as error:
+            if error.errno:
+                raise
+            return b""
+        if not more:
+            raise ChannelLost("the channel was shut down", channel=self.name)
+        return self.read_exactly(lib.channel_buffered(self.native))
+
     async def decode(self, decoder: Callable[[Callable[[int], bytes]], T]) -> T:
         """Run a decoder that pulls its bytes from this channel."""
         found: list[T] = []

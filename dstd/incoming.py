@@ -34,6 +34,7 @@ from common.status import PostcopyState as P
 from common.stream import command, fields, returnpath, section, vmdesc
 from common.stream import constants as c
 from common.stream.package import Package, split_package_untrusted
+from dstd.ending import receive_ending_untrusted
 from dstd.fault import Loader, Memory, choose_way
 from dstd.host import memory_problem
 
@@ -353,6 +354,9 @@ class IncomingMigration:
                         await self._package(found.size, nursery)
                     else:
                         await self._command(found)
+                case c.QEMU_VM_SECTION_FULL if self._opaque and self._loader.ended:
+                    await self._end_opaque(bytes([kind]))
+                    return
                 case c.QEMU_VM_SECTION_FULL if self.postcopy.now is not P.RUNNING:
                     await self._main.decode(self._full_untrusted)
                 case c.QEMU_VM_EOF:
@@ -364,6 +368,11 @@ class IncomingMigration:
         else:
             await self._end_precopy()
 
+    @property
+    def _opaque(self) -> bool:
+        """A guest without CPUs takes any device's state, and keeps none of it."""
+        return self.guest.device is None and not self.guest.vcpus
+
     def _full_untrusted(self, read: fields.Read) -> None:
         """One FULL section behind its type byte; those we know have a length."""
         header = section.read_header_untrusted(read, c.QEMU_VM_SECTION_FULL)
@@ -372,8 +381,7 @@ class IncomingMigration:
         if ours and header.name == ours.name:
             self._device_untrusted(read, header, ours)
         elif header.name == c.GLOBALSTATE_SECTION:
-            state = section.read_globalstate_untrusted(read)
-            self._device_state.running = state.run_state == "running"
+            self._run_state_untrusted(read)
         elif header.name == c.TIMER_SECTION:
             section.read_timer_untrusted(read)
         else:
@@ -383,6 +391,10 @@ class IncomingMigration:
                 got=header.name,
             )
         section.read_footer_untrusted(read, header.section_id)
+
+    def _run_state_untrusted(self, read: fields.Read) -> None:
+        state = section.read_globalstate_untrusted(read)
+        self._device_state.running = state.run_state == "running"
 
     def _device_untrusted(
         self, read: fields.Read, header: section.Full, ours: Device
@@ -415,6 +427,19 @@ class IncomingMigration:
         if not self._loader.ended:
             raise StreamError("the stream ended before its RAM section did")
         await self._description()
+        await self._arrive()
+
+    async def _end_opaque(self, begun: bytes) -> None:
+        """The same for sections whose lengths only the description tells."""
+        assert self._main is not None
+        ending = await receive_ending_untrusted(self._main, begun)
+        for found in ending.sections:
+            if found.header.name == c.GLOBALSTATE_SECTION:
+                self._run_state_untrusted(fields.over(found.body))
+        await self._arrive()
+
+    async def _arrive(self) -> None:
+        """All is here: load the device state, take the guest over, run it."""
         await self._load_device()
         if self._return_path and self._peer_is_srcd:
             await self._say(returnpath.Pong(c.PING_LOADED))
@@ -484,8 +509,8 @@ class IncomingMigration:
         )
 
     def _read_package_untrusted(self, package: Package) -> None:
-        """The FULL sections; a guest without CPUs keeps none of them."""
-        if self.guest.device is None and not self.guest.vcpus:
+        """The FULL sections."""
+        if self._opaque:
             return
         read = fields.over(package.sections)
         while read.offset < len(package.sections):
