@@ -555,7 +555,9 @@ void put_bytes(struct script *s, const void *data, size_t size)
         s->bytes = realloc(s->bytes, s->room);
         NEED(s->bytes);
     }
-    memcpy(s->bytes + s->size, data, size);
+    if (size) {
+        memcpy(s->bytes + s->size, data, size);
+    }
     s->size += size;
 }
 

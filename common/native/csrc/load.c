@@ -24,8 +24,18 @@ struct result loader_open(struct loader *l, struct destination *d,
     return result_ok();
 }
 
+/* Of a host page under way only a part came: it is missing as before. */
+static void assembly_abandon(struct assembly *a)
+{
+    if (a->block && !a->dropped) {
+        bitmap_test_and_clear(&a->block->claimed, a->host);
+    }
+    a->block = NULL;
+}
+
 void loader_close(struct loader *l)
 {
+    assembly_abandon(&l->assembly);
     if (l->scratch) {
         munmap(l->scratch, l->scratch_length);
     }

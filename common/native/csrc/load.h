@@ -51,6 +51,7 @@ struct loader {
 
 struct result loader_open(struct loader *l, struct destination *d,
                           struct channel *channel, bool preempt);
+/* Before a new loader takes over, and before the RAM is closed. */
 void loader_close(struct loader *l);
 
 /* RESULT_OK: `next` is the first byte of something that is not RAM. */
