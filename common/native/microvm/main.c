@@ -255,20 +255,18 @@ static enum guest_state first_state(const struct options *o)
 
 static bool run(const struct options *o, struct fail *why)
 {
-    struct guest *guest = calloc(1, sizeof(*guest));
-    struct control *control = calloc(1, sizeof(*control));
+    /* The guest's threads run until the process ends, after this returns. */
+    static struct guest guest;
+    static struct control control;
 
-    /* Both belong to the guest's threads too, so they are never freed. */
-    if (!guest || !control)
-        return fail(why, "no memory");
-    if (!create_guest(guest, o, why))
+    if (!create_guest(&guest, o, why))
         return false;
-    control->path = o->attach;
-    control->machine = o->machine;
-    control->ram = &guest->ram;
-    control->engine = guest->engine;
-    control->state = first_state(o);
-    return control_run(control, why);
+    control.path = o->attach;
+    control.machine = o->machine;
+    control.ram = &guest.ram;
+    control.engine = guest.engine;
+    control.state = first_state(o);
+    return control_run(&control, why);
 }
 
 int main(int argc, char **argv)

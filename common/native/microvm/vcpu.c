@@ -350,28 +350,31 @@ static unsigned msr_rank(uint32_t index)
     }
 }
 
+/* One MSR, read or set. */
+static bool msr_call(struct vcpu *vcpu, unsigned long call,
+                     struct kvm_msr_entry *entry)
+{
+    union {
+        struct kvm_msrs list;
+        uint8_t bytes[sizeof(struct kvm_msrs) + sizeof(struct kvm_msr_entry)];
+    } one = { .list.nmsrs = 1 };
+    bool good;
+
+    memcpy(one.bytes + sizeof(one.list), entry, sizeof(*entry));
+    good = ioctl(vcpu->fd, call, &one) == 1;
+    memcpy(entry, one.bytes + sizeof(one.list), sizeof(*entry));
+    return good;
+}
+
 /* Reads the MSR that `entry` names. */
 static bool get_msr(struct vcpu *vcpu, struct kvm_msr_entry *entry)
 {
-    struct {
-        struct kvm_msrs header;
-        struct kvm_msr_entry entry;
-    } one = { .header.nmsrs = 1, .entry.index = entry->index };
-
-    if (ioctl(vcpu->fd, KVM_GET_MSRS, &one) != 1)
-        return false;
-    entry->data = one.entry.data;
-    return true;
+    return msr_call(vcpu, KVM_GET_MSRS, entry);
 }
 
-static bool set_msr(struct vcpu *vcpu, const struct kvm_msr_entry *entry)
+static bool set_msr(struct vcpu *vcpu, struct kvm_msr_entry entry)
 {
-    struct {
-        struct kvm_msrs header;
-        struct kvm_msr_entry entry;
-    } one = { .header.nmsrs = 1, .entry = *entry };
-
-    return ioctl(vcpu->fd, KVM_SET_MSRS, &one) == 1;
+    return msr_call(vcpu, KVM_SET_MSRS, &entry);
 }
 
 static bool list_msrs(struct vcpu *vcpu, struct kvm_msr_list *list,
@@ -416,7 +419,7 @@ static bool load_msr(struct vcpu *vcpu, const struct kvm_msr_entry *entry,
 {
     struct kvm_msr_entry ours = *entry;
 
-    if (set_msr(vcpu, entry))
+    if (set_msr(vcpu, *entry))
         return true;
     if (get_msr(vcpu, &ours) && ours.data == entry->data)
         return true;
