@@ -427,6 +427,26 @@ static void test_sweep_over_given_back_pages(void)
     close(stop);
 }
 
+/* The last page arrives while the sweep and the fault loop still work. */
+static void test_finish_under_the_sweep(void)
+{
+    struct fixture f;
+    int stop = make_event();
+
+    fixture_open(&f, small_specs, 2, PLACE_CONTINUE);
+    CHECK(RESULT_IS_OK(early(&f, 0, 0, 40, 0)));
+    CHECK(RESULT_IS_OK(place_early_zero(&f.d, block(&f, 0), 50)));
+    CHECK(RESULT_IS_OK(destination_listen(&f.d)));
+    CHECK(RESULT_IS_OK(destination_finish(&f.d)));
+    CHECK(RESULT_IS_OK(place_sweep(&f.d, stop)));
+    CHECK(RESULT_IS_OK(place_resolve(&f.d, block(&f, 0), 3)));
+    CHECK(RESULT_IS_OK(place_resolve(&f.d, block(&f, 0), 50)));
+    CHECK(pattern_is(at(&f, 0, 3), 3));
+    CHECK(is_all_zero(at(&f, 0, 50)));
+    fixture_close(&f);
+    close(stop);
+}
+
 static void test_resolve_beside_given_back_pages(void)
 {
     struct fixture f;
@@ -511,6 +531,7 @@ int main(void)
     RUN(test_resolve_maps_neighbours);
     RUN(test_sweep);
     RUN(test_sweep_over_given_back_pages);
+    RUN(test_finish_under_the_sweep);
     RUN(test_resolve_beside_given_back_pages);
     if (have_huge_pages()) {
         RUN(test_precopy_huge);

@@ -502,8 +502,20 @@ static struct result map_runs(struct destination *d, struct ram_block *b,
     return result_ok();
 }
 
-struct result place_resolve(struct destination *d, struct ram_block *b,
-                            uint64_t host)
+/*
+ * destination_finish() unregisters the blocks while the sweep or the fault loop
+ * may still be at work. From then on the kernel maps the pages by itself.
+ */
+static struct result unless_finished(const struct destination *d,
+                                     struct result r)
+{
+    bool finished = !__atomic_load_n(&d->listening, __ATOMIC_SEQ_CST);
+
+    return finished && r.err == ENOENT ? result_ok() : r;
+}
+
+static struct result resolve(struct destination *d, struct ram_block *b,
+                             uint64_t host)
 {
     uint64_t around = NEIGHBOURHOOD >> b->host_bits;
     struct result r;
@@ -525,6 +537,12 @@ struct result place_resolve(struct destination *d, struct ram_block *b,
     return r;
 }
 
+struct result place_resolve(struct destination *d, struct ram_block *b,
+                            uint64_t host)
+{
+    return unless_finished(d, resolve(d, b, host));
+}
+
 static bool readable(int fd)
 {
     struct pollfd p = { .fd = fd, .events = POLLIN };
@@ -540,7 +558,7 @@ static struct result sweep_block(struct destination *d, struct ram_block *b,
 
     for (uint64_t host = 0; host < hosts; host += chunk) {
         uint64_t end = host + chunk < hosts ? host + chunk : hosts;
-        struct result r = map_runs(d, b, host, end);
+        struct result r = unless_finished(d, map_runs(d, b, host, end));
 
         if (!RESULT_IS_OK(r)) {
             return r;
