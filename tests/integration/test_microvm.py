@@ -347,6 +347,29 @@ def test_guest_with_huge_pages_goes_on(
     assert new_vmm.report().wrong == 0
 
 
+@pytest.mark.hugepages
+@pytest.mark.parametrize("accel", [KVM, "process"])
+def test_huge_pages_come_on_demand(
+    bench: Bench, accel: str, reserve_hugepages: Callable[[int], None]
+) -> None:
+    reserve_hugepages(32)
+    words = ("--accel", accel, "--hugepages", "2M")
+    vm, vmm = bench.boot(*words)
+    vm.until(lambda: sweeps(vmm) >= 1)
+    vmm.request("stop")
+    new_vm, new_vmm = bench.start("--incoming", *words)
+    pages = MissingPages(new_vmm)
+    new_vmm.load(vmm.save())
+    new_vmm.request("cont")
+    missing = set(range(vmm.report().area_offset, 32 * MIB, HUGE_PAGE))
+    while missing:
+        offset = pages.next_fault()
+        pages.place(offset, vmm.ram[offset : offset + HUGE_PAGE])
+        missing.discard(offset)
+    new_vm.wait_line("alive")
+    assert new_vmm.report().wrong == 0
+
+
 def test_too_few_huge_pages(bench: Bench) -> None:
     vm = bench.run(
         *("--incoming", "--hugepages", "2M", "--accel", "process"), memory=1 << 40

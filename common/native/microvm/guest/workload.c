@@ -115,6 +115,13 @@ static uint64_t now(void)
     return __builtin_ia32_rdtsc();
 }
 
+/* Without the fence the counter would be read before the access is done. */
+static uint64_t now_that_it_is_done(void)
+{
+    __asm__ volatile("lfence" : : : "memory");
+    return now();
+}
+
 /* Contents of a page */
 
 /* Word 0 says what the page is; it is for whoever looks at a wrong one. */
@@ -355,7 +362,7 @@ static void access_step(struct workload *w)
         touch_for_writing(words);
     else
         touch(words);
-    end = now();
+    end = now_that_it_is_done();
     end_touching(w);
 
     count_access(w, page, start, end);
