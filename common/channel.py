@@ -7,6 +7,7 @@ worker threads, as the loops that use the same channel do. One reader at a time.
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 from contextlib import suppress
@@ -15,12 +16,13 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import trio
 
 from common.address import Address, Exec, File, Tcp, Unix
-from common.errors import ChannelLost, HostError
+from common.errors import ChannelLost, HostError, MigrationError
 from common.native._native import ffi, lib
 from common.native.loop import Stop, check, run_loop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+    from typing import IO
 
     from common.native import CData
     from common.qmp.message import Json
@@ -33,12 +35,21 @@ ANY_HOST: Final = ("", "0")
 
 
 class Channel:
-    """A byte channel that owns its descriptor and its stop eventfd."""
+    """A byte channel that owns its descriptor and its stop eventfd.
 
-    def __init__(self, fd: int, name: str, stop: Stop | None = None) -> None:
+    `process` is the command at its other end, if that is one; it is owned too.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        name: str,
+        stop: Stop | None = None,
+        process: subprocess.Popen[bytes] | None = None,
+    ) -> None:
         self.fd = fd
         self.name = name
-        self.process: subprocess.Popen[bytes] | None = None
+        self._process = process
         self._owns_stop = stop is None
         self.stop = stop or Stop()
         self.native = ffi.new("struct channel *")
@@ -99,15 +110,30 @@ class Channel:
         except ChannelLost:
             return True
 
+    async def finish(self) -> None:
+        """A command at the other end has got all, or said all: wait until it ends.
+
+        HostError if it says that it failed. Nothing is sent or read any more.
+        """
+        if self._process is None:
+            return
+        self._close_descriptor()
+        status = await trio.to_thread.run_sync(
+            self._process.wait, abandon_on_cancel=True
+        )
+        if status:
+            raise HostError(f"the command at the channel's end failed: status {status}")
+
     async def drain(self) -> None:
         """Tell the peer that no more comes, and wait until it has closed.
 
         A socket that is closed with unread bytes in it loses what was written
         last; SHUT must not be lost.
         """
-        with trio.move_on_after(DRAIN_SECONDS), suppress(ChannelLost, OSError):
+        with trio.move_on_after(DRAIN_SECONDS), suppress(MigrationError, OSError):
+            await self.finish()
             self._shutdown(socket.SHUT_WR)
-            while not await self.at_end():
+            while self.native.is_socket and not await self.at_end():
                 lib.channel_skip(self.native)
 
     def shutdown(self) -> None:
@@ -126,13 +152,18 @@ class Channel:
                 sock.shutdown(how)
 
     def close(self) -> None:
-        """No loop may be on it any more."""
+        """No loop may be on it any more; a command that still runs is ended."""
         lib.channel_close(self.native)
-        os.close(self.fd)
+        self._close_descriptor()
         if self._owns_stop:
             self.stop.close()
-        if self.process:
-            self.process.wait()
+        if self._process:
+            _end(self._process)
+
+    def _close_descriptor(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
 
 _OK: Final = lib.result_ok()
@@ -151,12 +182,8 @@ async def connect(address: Address, name: str, stop: Stop | None = None) -> Chan
                 _open_file(path, offset, os.O_WRONLY | os.O_CREAT), name, stop
             )
         case Exec(arguments):
-            process = subprocess.Popen(arguments, stdin=subprocess.PIPE)
-            assert process.stdin is not None
-            channel = Channel(os.dup(process.stdin.fileno()), name, stop)
-            process.stdin.close()
-            channel.process = process
-            return channel
+            process = _run(arguments, stdin=subprocess.PIPE)
+            return Channel(_take(process.stdin), name, stop, process)
 
 
 async def _connect_socket(address: Tcp | Unix) -> int:
@@ -200,6 +227,29 @@ def _open_file(path: str, offset: int, flags: int) -> int:
     return fd
 
 
+def _run(
+    arguments: Sequence[str], *, stdin: int | None = None, stdout: int | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a command, in a group of its own: what it starts is ended with it."""
+    try:
+        return subprocess.Popen(arguments, stdin=stdin, stdout=stdout, process_group=0)
+    except OSError as error:
+        raise HostError(f"Could not run '{arguments[0]}': {error.strerror}") from None
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _take(pipe: IO[bytes] | None) -> int:
+    """The descriptor of a pipe, ours alone."""
+    assert pipe is not None
+    with pipe:
+        return os.dup(pipe.fileno())
+
+
 # --- listening --------------------------------------------------------------------
 
 
@@ -210,6 +260,7 @@ class Listener:
         self.address = address
         self._sockets: list[trio.socket.SocketType] = []
         self._path: str | None = None
+        self._only: Channel | None = None  # not accepted yet
 
     @property
     def many(self) -> bool:
@@ -217,13 +268,18 @@ class Listener:
         return isinstance(self.address, Tcp | Unix)
 
     async def open(self) -> None:
-        """HostError in QEMU's words if the address cannot be bound."""
+        """HostError in QEMU's words if the address cannot be bound or opened."""
         try:
             match self.address:
                 case Tcp(host, port):
                     await self._open_tcp(host, port)
                 case Unix(path):
                     await self._open_unix(path)
+                case File(path, offset):
+                    self._only = Channel(_open_file(path, offset, os.O_RDONLY), "main")
+                case Exec(arguments):
+                    process = _run(arguments, stdout=subprocess.PIPE)
+                    self._only = Channel(_take(process.stdout), "main", process=process)
         except OSError as error:
             reason = _reason(error)
             raise HostError(
@@ -250,17 +306,10 @@ class Listener:
         return [_describe(sock) for sock in self._sockets]
 
     async def accept(self, name: str, stop: Stop | None = None) -> Channel:
-        """The next channel that comes in."""
-        match self.address:
-            case File(path, offset):
-                return Channel(_open_file(path, offset, os.O_RDONLY), name, stop)
-            case Exec(arguments):
-                process = subprocess.Popen(arguments, stdout=subprocess.PIPE)
-                assert process.stdout is not None
-                channel = Channel(os.dup(process.stdout.fileno()), name, stop)
-                process.stdout.close()
-                channel.process = process
-                return channel
+        """The next channel that comes in; from a file or command there is one."""
+        if self._only:
+            channel, self._only = self._only, None
+            return channel
         return Channel(await self._accept_socket(), name, stop)
 
     async def _accept_socket(self) -> int:
@@ -284,6 +333,9 @@ class Listener:
         for sock in self._sockets:
             sock.close()
         self._sockets = []
+        if self._only:
+            self._only.close()
+            self._only = None
         if self._path:
             with suppress(FileNotFoundError):
                 os.unlink(self._path)

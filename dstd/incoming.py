@@ -572,7 +572,7 @@ class IncomingMigration:
         assert self._main is not None
         if self._return_path:
             await self._say(returnpath.Shut(0))
-            await self._main.drain()
+        await self._main.drain()
         self.status.set(M.COMPLETED)
 
     async def _failed(self, error: MigrationError) -> None:

@@ -423,6 +423,8 @@ class OutgoingMigration:
                 await self._pong(c.PING_LOADED)
                 await self._commit()
             await self._shut_down()
+        else:
+            await self._main.finish()
         self._handed_over()
 
     def _handed_over(self) -> None:
