@@ -423,6 +423,55 @@ static void test_owe_at_least_one(void)
     fixture_close(&f);
 }
 
+/* Every owed range is in a discard, in order, and many make several. */
+static void test_discards(void)
+{
+    struct fixture f;
+    struct ram_block *b;
+    uint64_t next = 0;
+    uint64_t ranges = 0;
+
+    fixture_open(&f, SMALL, false);
+    b = block(&f, 0);
+    for (uint64_t p = 0; p < 1000; p += 2) {
+        bitmap_test_and_set(&b->owed, p);
+    }
+    bitmap_set_range(&b->owed, 1500, 548);
+    bitmap_test_and_set(&block(&f, 1)->owed, 299);
+    CHECK(RESULT_IS_OK(pump_discards(&f.source)));
+    while (ranges < 501) {
+        uint8_t head[11];
+        uint64_t count;
+
+        receive_all(f.main.peer, head, sizeof(head));
+        CHECK_BYTES(head, "\x08\0\6", 3);
+        CHECK_BYTES(head + 5, "\0\3ram\0", 6);
+        count = (wire_get_be16(head + 3) - 6u) / 16;
+        CHECK(count > 0 && count <= DISCARD_RANGES);
+        for (uint64_t i = 0; i < count; i++, ranges++) {
+            uint8_t range[16];
+
+            receive_all(f.main.peer, range, sizeof(range));
+            CHECK_EQ(wire_get_be64(range), next * PAGE);
+            CHECK_EQ(wire_get_be64(range + 8),
+                     next == 1500 ? 548 * PAGE : PAGE);
+            next = next == 998 ? 1500 : next + 2;
+        }
+    }
+    {
+        static const uint8_t last[] = {
+            8, 0, 6, 0, 22, 0, 3, 'v', 'g', 'a', 0,
+            0, 0, 0, 0, 0, 0x12, 0xb0, 0, 0, 0, 0, 0, 0, 0, 0x10, 0,
+        };
+        uint8_t got[sizeof(last)];
+
+        receive_all(f.main.peer, got, sizeof(got));
+        CHECK_BYTES(got, last, sizeof(last));
+    }
+    CHECK(!is_readable(f.main.peer));
+    fixture_close(&f);
+}
+
 static struct result run_postcopy(void *arg)
 {
     return pump_postcopy(arg);
@@ -699,6 +748,7 @@ int main(void)
     RUN(test_peer_goes_while_writing);
     RUN(test_owe_rounds_to_host_pages);
     RUN(test_owe_at_least_one);
+    RUN(test_discards);
     RUN(test_postcopy_on_main);
     RUN(test_postcopy_on_preempt);
     RUN(test_postcopy_huge_on_main);
