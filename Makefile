@@ -14,7 +14,7 @@ setup: ## install packages, .venv, postcopyd in it, two QEMUs (root or sudo)
 build: setup ## the same: builds again what has changed
 
 demo: setup ## move a running guest on this machine, and look at its memory
-	@.venv/bin/python docs/examples/live_move.py
+	@PYTHONPATH=tests .venv/bin/python docs/examples/live_move.py
 
 test: ## every check but soak, in under 20 minutes
 	@.ci/run

@@ -34,10 +34,15 @@ class GuestConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeConfig:
-    """One daemon: its guest, its control sockets, and the destination's switches."""
+    """One daemon: its guest, its control sockets, and what only one side has.
+
+    The source has `track` and `preempt_early`, the destination the rest.
+    """
 
     guest: GuestConfig
     qmp: tuple[str, ...]
+    track: bool = True
+    preempt_early: bool = False
     incoming: str | None = None
     copy: bool = False
     overcommit: bool = False

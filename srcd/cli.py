@@ -22,10 +22,24 @@ def parse(arguments: list[str] | None = None) -> ServeConfig:
     )
     serve.add_argument("--append", default="", metavar="TEXT", help="its command line")
     serve.add_argument("--paused", action="store_true", help="do not run it yet")
+    serve.add_argument(
+        "--preempt-early",
+        action="store_true",
+        help="connect the preempt channel as QEMU 7 does; needed towards QEMU 7",
+    )
+    serve.add_argument(
+        "--dirty-tracking",
+        choices=("auto", "none"),
+        default="auto",
+        help="how writes are noticed; none: as where the kernel cannot tell",
+    )
     found = parser.parse_args(arguments)
     kernel = found.kernel or _test_guest()
     return ServeConfig(
-        guest=guest_config(serve, found, kernel=kernel), qmp=tuple(found.qmp)
+        guest=guest_config(serve, found, kernel=kernel),
+        qmp=tuple(found.qmp),
+        track=found.dirty_tracking != "none",
+        preempt_early=found.preempt_early,
     )
 
 

@@ -35,9 +35,18 @@ POSTCOPY: Final = frozenset(
 class SourceCommands:
     """Migrates the monitor's guest away, one migration at a time."""
 
-    def __init__(self, monitor: Monitor, nursery: trio.Nursery) -> None:
+    def __init__(
+        self,
+        monitor: Monitor,
+        nursery: trio.Nursery,
+        *,
+        track: bool = True,
+        preempt_early: bool = False,
+    ) -> None:
         self._monitor = monitor
         self._nursery = nursery
+        self._preempt_early = preempt_early
+        self._track = track
         self._status = status.outgoing()
         self._status.listeners.append(self._announce)
         self._migration: OutgoingMigration | None = None
@@ -110,6 +119,8 @@ class SourceCommands:
             self._status,
             self._emit,
             self._monitor.set_run_state,
+            track=self._track,
+            preempt_early=self._preempt_early,
         )
         self._status.set(M.SETUP)
         self._nursery.start_soon(self._migration.run, target)

@@ -29,7 +29,9 @@ async def serve(
             config.guest, nursery, incoming=False, control=config.qmp[0]
         )
         monitor = Monitor(guest, config.guest.name, guest_runs(guest))
-        commands = SourceCommands(monitor, nursery)
+        commands = SourceCommands(
+            monitor, nursery, track=config.track, preempt_early=config.preempt_early
+        )
         server = QmpServer(
             commands.handlers, package=f"postcopyd {version('postcopyd')}"
         )

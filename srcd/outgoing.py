@@ -50,8 +50,10 @@ log = logging.getLogger(__name__)
 
 # When a channel breaks, how long the peer's own words may take to be read.
 LAST_WORDS_SECONDS: Final = 2.0
-# A pass that leaves more to send than it found, so often in a row: no hope.
+# A pass that leaves nearly as much to send as it found, so often in a row: no
+# hope.
 HOPELESS_PASSES: Final = 3
+HOPELESS_SHARE: Final = 0.9
 PAGE: Final = c.TARGET_PAGE_SIZE
 
 
@@ -110,7 +112,7 @@ class OutgoingMigration:
     """One migration of `guest` to one destination.
 
     `emit` sends a QMP event; `run_state` is told when the guest stops and runs
-    for the migration's reasons.
+    for the migration's reasons. `preempt_early` is for a destination that is QEMU 7.
     """
 
     def __init__(
@@ -120,6 +122,9 @@ class OutgoingMigration:
         status: statuses.StatusMachine[M],
         emit: Callable[[str, Mapping[str, Json] | None], None],
         run_state: Callable[[str], None],
+        *,
+        track: bool = True,
+        preempt_early: bool = False,
     ) -> None:
         self.guest = guest
         self.settings = settings
@@ -131,6 +136,8 @@ class OutgoingMigration:
         self.last_pass = Pass()
         self.pump: Pump | None = None
         self.tracking: Tracking | None = None
+        self._track = track
+        self._preempt_early = preempt_early
         self._emit = emit
         self._run_state = run_state
         self._main: Channel | None = None
@@ -198,6 +205,10 @@ class OutgoingMigration:
     async def _migrate(self, address: Address) -> None:
         self._main = await connect(address, "main")
         self._return_path = not isinstance(address, File | Exec)
+        if self._preempt_early:
+            # QEMU 7 reads nothing from main before it has both, and tells them
+            # apart by their order.
+            await self._connect_preempt(address)
         self.pump = Pump(self.guest.blocks)
         self.tracking = self._choose_tracking(self.pump)
         self.apply_limits()
@@ -283,7 +294,7 @@ class OutgoingMigration:
         way = lib.DIRTY_UNKNOWN
         if not guest.vcpus and guest.userfaultfd is None and not guest.no_userfaultfd:
             way = lib.DIRTY_NEVER
-        elif guest.abilities & lib.UFFD_CAN_WP_ASYNC and guest.pagemap is not None:
+        elif self._can_track:
             way = lib.DIRTY_WP_ASYNC
         tracking = Tracking(
             pump.ram,
@@ -293,6 +304,11 @@ class OutgoingMigration:
         )
         log.info("dirty tracking: %s", tracking.how)
         return tracking
+
+    @property
+    def _can_track(self) -> bool:
+        able = self.guest.abilities & lib.UFFD_CAN_WP_ASYNC
+        return bool(self._track and able and self.guest.pagemap is not None)
 
     # -- precopy
 
@@ -336,7 +352,8 @@ class OutgoingMigration:
         self.last_pass.bytes_per_second = rate
         self.last_pass.expected_downtime_ms = int(1000 * left / rate)
         growing = self.last_pass.growing
-        self.last_pass.growing = growing + 1 if left and left >= found else 0
+        stuck = left > HOPELESS_SHARE * found
+        self.last_pass.growing = growing + 1 if stuck else 0
 
     def _fits(self) -> bool:
         expected = self.last_pass.expected_downtime_ms
@@ -346,7 +363,7 @@ class OutgoingMigration:
 
     @property
     def converging(self) -> bool:
-        """False once several passes left no less to send than they found."""
+        """False once several passes left about as much to send as they found."""
         return self.last_pass.growing < HOPELESS_PASSES
 
     # -- switchover
@@ -445,9 +462,9 @@ class OutgoingMigration:
     async def _postcopy(self, address: Address, nursery: trio.Nursery) -> None:
         assert self.pump is not None
         assert self._main is not None
-        if self.settings.on("postcopy-preempt"):
+        if not self._preempt_early:
             # Not before a PONG: else the destination may take it for main.
-            self._preempt = await connect(address, "preempt", self._main.stop)
+            await self._connect_preempt(address)
         self.pump.cut_short(False)
         await self._stop_guest()
         await self._send_package()
@@ -460,6 +477,11 @@ class OutgoingMigration:
             self._handed_over()
             self.status.set(M.POSTCOPY_ACTIVE)
         await self._end_postcopy()
+
+    async def _connect_preempt(self, address: Address) -> None:
+        assert self._main is not None
+        if self.settings.on("postcopy-preempt"):
+            self._preempt = await connect(address, "preempt", self._main.stop)
 
     async def _send_package(self) -> None:
         assert self.pump is not None
@@ -489,10 +511,11 @@ class OutgoingMigration:
         assert self.pump is not None
         assert self._main is not None
         self.pump.will_end()
-        end = section.encode_section(
-            section.End(section_id=c.RAM_SECTION_ID), fields.be64(c.RAM_SAVE_FLAG_EOS)
-        )
+        eos = fields.be64(c.RAM_SAVE_FLAG_EOS)
+        end = section.encode_section(section.End(section_id=c.RAM_SECTION_ID), eos)
         await self._main.write(end + section.EOF)
+        if self._preempt and self._preempt_early:
+            await self._preempt.write(eos)  # QEMU 7 waits for it
         await self._shut_down()
 
     # -- the return path
