@@ -190,7 +190,8 @@ union control {
 };
 
 /* Takes `message` over. False if the daemon has gone away. */
-static bool send_message(int sock, json_t *message, const int *fds, size_t count)
+static bool send_message(int sock, json_t *message, const int *fds,
+                         size_t count)
 {
     char *text = json_dumps(message, JSON_COMPACT);
     struct iovec part = { text, strlen(text) };

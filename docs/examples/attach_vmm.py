@@ -23,6 +23,9 @@ import struct
 import sys
 import threading
 import time
+from typing import Any
+
+Message = dict[str, Any]
 
 PAGE = 4096
 DEVICE = {"name": "example", "version": 1}
@@ -47,7 +50,7 @@ def open_userfaultfd() -> int:
     try:
         device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
     except OSError:
-        fd = libc.syscall(SYS_USERFAULTFD, flags)
+        fd: int = libc.syscall(SYS_USERFAULTFD, flags)
         if fd < 0:
             raise OSError(ctypes.get_errno(), "userfaultfd") from None
         return fd
@@ -189,7 +192,9 @@ class Vmm:
         for fd in out:
             os.close(fd)
 
-    def do(self, name: str, arguments: dict, fds: list[int]) -> tuple[dict, list[int]]:
+    def do(
+        self, name: str, arguments: Message, fds: list[int]
+    ) -> tuple[Message, list[int]]:
         """Returns the answer and the descriptors that go with it."""
         if name == "save" and self.state == "paused":
             return self.save()
@@ -212,12 +217,12 @@ class Vmm:
             raise ValueError(f"there is no {name!r} while the guest is {self.state}")
         return {}, []
 
-    def save(self) -> tuple[dict, list[int]]:
+    def save(self) -> tuple[Message, list[int]]:
         fd = os.memfd_create("device-state", os.MFD_CLOEXEC)
         os.write(fd, REGISTERS.pack(self.cpu.counter, self.cpu.wrong))
         return {"length": REGISTERS.size}, [fd]
 
-    def load(self, arguments: dict, fd: int) -> None:
+    def load(self, arguments: Message, fd: int) -> None:
         device = {"name": arguments["name"], "version": arguments["version"]}
         if device != DEVICE or arguments["length"] != REGISTERS.size:
             raise ValueError(f"this is no device state of {DEVICE['name']!r}")
@@ -231,11 +236,11 @@ class Vmm:
             os.close(fd)
 
 
-def send(sock: socket.socket, message: dict, fds: list[int]) -> None:
+def send(sock: socket.socket, message: Message, fds: list[int]) -> None:
     socket.send_fds(sock, [json.dumps(message).encode()], fds)
 
 
-def receive(sock: socket.socket) -> tuple[dict, list[int]]:
+def receive(sock: socket.socket) -> tuple[Message, list[int]]:
     data, fds, _, _ = socket.recv_fds(sock, 65536, 128)
     if not data:
         raise ConnectionError("the daemon has gone away")

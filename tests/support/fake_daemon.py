@@ -215,7 +215,8 @@ class MissingPages:
         """The offset in RAM of the next page that somebody waits for."""
         kind, address = struct.unpack_from("B15xQ", self._next_event())
         assert kind == _EVENT_PAGEFAULT
-        return (address - self.base) // self.page_size * self.page_size
+        offset: int = (address - self.base) // self.page_size * self.page_size
+        return offset
 
     def _next_event(self) -> bytes:
         poll = select.poll()

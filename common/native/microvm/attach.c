@@ -45,7 +45,7 @@ static bool read_name(const json_t *arguments, struct attach_message *m,
 
     if (!json_is_string(name) || length == 0 || length > ATTACH_NAME_MAX ||
         strlen(json_string_value(name)) != length)
-        return fail(why, "the argument 'name' must be a string of 1 to %u bytes",
+        return fail(why, "'name' must be a string of 1 to %u bytes",
                     ATTACH_NAME_MAX);
     copy_text(m->name, sizeof(m->name), name);
     return true;

@@ -7,6 +7,7 @@
  * The kernel lies from 1 MiB on.
  */
 #include "boot.h"
+#include "guest/pvh.h"
 #include "kernel.h"
 
 #include <errno.h>
@@ -21,30 +22,6 @@
 #define COMMAND_LINE_ADDRESS 0x7000u
 #define BASE_MEMORY 0xa0000u
 #define KERNEL_LOWEST 0x100000u
-
-#define START_MAGIC 0x336ec578u
-#define MEMORY_RAM 1u
-
-/* The public PVH boot ABI, version 1. */
-struct start_info {
-    uint32_t magic;
-    uint32_t version;
-    uint32_t flags;
-    uint32_t modules;
-    uint64_t module_list;
-    uint64_t command_line;
-    uint64_t rsdp;
-    uint64_t memory_map;
-    uint32_t memory_map_entries;
-    uint32_t reserved;
-};
-
-struct memory_map_entry {
-    uint64_t address;
-    uint64_t size;
-    uint32_t type;
-    uint32_t reserved;
-};
 
 static bool read_fully(int fd, uint8_t *bytes, size_t length)
 {
@@ -92,9 +69,11 @@ static uint8_t *read_file(const char *path, size_t *length, struct fail *why)
 static void place_segments(const struct ram *ram, const struct kernel *kernel,
                            const uint8_t *file)
 {
-    for (size_t i = 0; i < kernel->count; i++)
-        memcpy(ram->base + kernel->segments[i].address,
-               file + kernel->segments[i].offset, kernel->segments[i].file_size);
+    for (size_t i = 0; i < kernel->count; i++) {
+        const struct kernel_segment *s = &kernel->segments[i];
+
+        memcpy(ram->base + s->address, file + s->offset, s->file_size);
+    }
 }
 
 static bool place_kernel(const struct ram *ram, const char *path,
@@ -107,7 +86,8 @@ static bool place_kernel(const struct ram *ram, const char *path,
 
     if (!file)
         return false;
-    good = kernel_parse(file, length, KERNEL_LOWEST, ram_low(ram), kernel, &reason);
+    good = kernel_parse(file, length, KERNEL_LOWEST, ram_low(ram), kernel,
+                        &reason);
     if (good)
         place_segments(ram, kernel, file);
     else
@@ -117,23 +97,23 @@ static bool place_kernel(const struct ram *ram, const char *path,
 }
 
 static uint32_t make_memory_map(const struct ram *ram,
-                                struct memory_map_entry map[3])
+                                struct pvh_memory map[3])
 {
     uint64_t low = ram_low(ram);
 
-    map[0] = (struct memory_map_entry){ 0, BASE_MEMORY, MEMORY_RAM, 0 };
-    map[1] = (struct memory_map_entry){ KERNEL_LOWEST, low - KERNEL_LOWEST,
-                                        MEMORY_RAM, 0 };
-    map[2] = (struct memory_map_entry){ RAM_HIGH, ram->length - low,
-                                        MEMORY_RAM, 0 };
+    map[0] = (struct pvh_memory){ 0, BASE_MEMORY, PVH_MEMORY_RAM, 0 };
+    map[1] = (struct pvh_memory){ KERNEL_LOWEST, low - KERNEL_LOWEST,
+                                        PVH_MEMORY_RAM, 0 };
+    map[2] = (struct pvh_memory){ RAM_HIGH, ram->length - low,
+                                        PVH_MEMORY_RAM, 0 };
     return ram->length > low ? 3 : 2;
 }
 
 static void place_start_info(const struct ram *ram, const char *command_line)
 {
-    struct memory_map_entry map[3];
-    struct start_info info = {
-        .magic = START_MAGIC,
+    struct pvh_memory map[3];
+    struct pvh_start_info info = {
+        .magic = PVH_START_MAGIC,
         .version = 1,
         .command_line = COMMAND_LINE_ADDRESS,
         .memory_map = MEMORY_MAP_ADDRESS,

@@ -4,11 +4,10 @@
  */
 #include "boot.h"
 #include "ports.h"
+#include "pvh.h"
 #include "text.h"
 #include "workload.h"
 
-#define START_MAGIC 0x336ec578u
-#define MEMORY_RAM 1u
 #define FOUR_GIB (4ull << 30)
 #define TWO_MIB (2ull << 20)
 #define PAGE_FLAGS 0x87u /* present, writable, user, 2 MiB */
@@ -30,26 +29,6 @@
 #define PIT_COMMAND 0x43
 #define PIT_GATE 0x61
 #define GUESSED_KHZ 2000000u
-
-struct start_info {
-    uint32_t magic;
-    uint32_t version;
-    uint32_t flags;
-    uint32_t modules;
-    uint64_t module_list;
-    uint64_t command_line;
-    uint64_t rsdp;
-    uint64_t memory_map;
-    uint32_t memory_map_entries;
-    uint32_t reserved;
-};
-
-struct memory_map_entry {
-    uint64_t address;
-    uint64_t size;
-    uint32_t type;
-    uint32_t reserved;
-};
 
 extern const uint8_t ap_start[], ap_end[];
 extern volatile uint32_t next_number;
@@ -168,9 +147,9 @@ static uint64_t map_window(uint64_t mapped, uint64_t address, uint64_t size)
  * The RAM that starts at 0 (with what a PC has below 1 MiB taken for RAM: the
  * guest uses none of it) and the RAM from 4 GiB on. Returns the sum.
  */
-static uint64_t find_ram(const struct start_info *info)
+static uint64_t find_ram(const struct pvh_start_info *info)
 {
-    const struct memory_map_entry *map =
+    const struct pvh_memory *map =
         (const void *)(uintptr_t)info->memory_map;
     uint64_t mapped = 0;
 
@@ -180,12 +159,12 @@ static uint64_t find_ram(const struct start_info *info)
     for (unsigned i = 0; i < info->memory_map_entries; i++) {
         uint64_t end = map[i].address + map[i].size;
 
-        if (map[i].type == MEMORY_RAM && map[i].address <= 1u << 20 &&
+        if (map[i].type == PVH_MEMORY_RAM && map[i].address <= 1u << 20 &&
             end > 1u << 20)
             mapped = map_window(mapped, 0, end);
     }
     for (unsigned i = 0; i < info->memory_map_entries; i++) {
-        if (map[i].type == MEMORY_RAM && map[i].address == FOUR_GIB)
+        if (map[i].type == PVH_MEMORY_RAM && map[i].address == FOUR_GIB)
             mapped = map_window(mapped, FOUR_GIB, map[i].size);
     }
     return mapped;
@@ -231,11 +210,11 @@ static void say_start(void)
     print(t.bytes, t.length);
 }
 
-static void set_up(const struct start_info *info)
+static void set_up(const struct pvh_start_info *info)
 {
     uint64_t ram;
 
-    if (info->magic != START_MAGIC || info->version < 1)
+    if (info->magic != PVH_START_MAGIC || info->version < 1)
         reset("no PVH start info with a memory map");
     settings = settings_parse((const char *)(uintptr_t)info->command_line);
     if (settings.tsc_khz == 0)
@@ -255,7 +234,7 @@ void guest_main(uint32_t start_info, uint32_t number)
     struct workload w;
 
     if (number == 0)
-        set_up((const struct start_info *)(uintptr_t)start_info);
+        set_up((const struct pvh_start_info *)(uintptr_t)start_info);
     while (!__atomic_load_n(&go, __ATOMIC_ACQUIRE))
         __builtin_ia32_pause();
     workload_init(&w, &platform, (uint8_t *)GUEST_WINDOW, number, &settings,
