@@ -31,7 +31,9 @@ EOF: Final = bytes([c.QEMU_VM_EOF])
 
 def read_file_header_untrusted(read: Read) -> None:
     """Check magic and version; only a fresh stream has this header."""
-    fields.expect("magic", c.QEMU_VM_FILE_MAGIC, fields.be32_untrusted(read))
+    fields.expect(
+        "magic of a migration stream", c.QEMU_VM_FILE_MAGIC, fields.be32_untrusted(read)
+    )
     fields.expect("stream version", c.QEMU_VM_FILE_VERSION, fields.be32_untrusted(read))
 
 
