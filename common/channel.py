@@ -7,6 +7,7 @@ worker threads, as the loops that use the same channel do. One reader at a time.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -63,6 +64,12 @@ class Channel:
     @property
     def received(self) -> int:
         return int(self.native.bytes_received)
+
+    def hung_up(self) -> bool:
+        """Whether the peer has closed its side; asks without waiting."""
+        poll = select.poll()
+        poll.register(self.fd, select.POLLRDHUP)
+        return bool(poll.poll(0))
 
     async def write(self, data: bytes) -> None:
         """Write whole units of the stream: no other writer comes between."""
@@ -208,6 +215,9 @@ def _reason(error: OSError) -> str:
     cause: BaseException | None = error.__cause__ or error
     while isinstance(cause, BaseExceptionGroup):
         cause = cause.exceptions[0]
+    if isinstance(cause, OSError) and cause.errno and cause.errno > 0:
+        # Not strerror: trio puts the address in front of it.
+        return os.strerror(cause.errno)
     return (getattr(cause, "strerror", None) or str(cause)) if cause else str(error)
 
 

@@ -99,6 +99,7 @@ class IncomingMigration:
         self._preempt_came = trio.Event()
         self._loader: Loader | None = None
         self._peer_is_srcd = False
+        self._peer_preempts = False
         self._committed = trio.Event()
         self._running = trio.Event()
         self._standing: trio.Nursery
@@ -240,6 +241,8 @@ class IncomingMigration:
         if value == c.PING_HELLO:
             self._peer_is_srcd = True
             await self._say(returnpath.Pong(c.PONG_HELLO_ACK))
+        elif value == c.PING_PREEMPT:
+            self._peer_preempts = True
         elif value == c.PING_COMMIT:
             self._committed.set()
 
@@ -249,13 +252,13 @@ class IncomingMigration:
 
     def _advise(self, page_sizes: int, target_page: int) -> None:
         """Postcopy may follow: can this host do it, and do the pages match?"""
+        if problem := self.postcopy_problem():
+            raise HostError(f"the source wants postcopy: {problem}")
         if not self.settings.on("postcopy-ram"):
             raise HostError(
                 "the source wants postcopy and capability postcopy-ram is off here;"
                 " switch it on on both sides or on neither"
             )
-        if problem := self.postcopy_problem():
-            raise HostError(problem)
         ours = 0
         for block in self.guest.blocks:
             ours |= block.page_size
@@ -267,6 +270,20 @@ class IncomingMigration:
         assert self._loader is not None
         self._loader.advise()
         self.postcopy.set(P.ADVISE)
+
+    def _check_preempt(self) -> None:
+        """Both sides or neither: srcd says early whether it will open the channel."""
+        ours = self.settings.on("postcopy-preempt")
+        if (
+            self._peer_is_srcd
+            and self.postcopy.now is P.ADVISE
+            and ours != self._peer_preempts
+        ):
+            there, here = ("off", "on") if ours else ("on", "off")
+            raise HostError(
+                f"postcopy-preempt is {there} at the source and {here} here; switch"
+                " it on on both sides or on neither"
+            )
 
     def postcopy_problem(self) -> str | None:
         """Why this guest cannot be received by postcopy, and what to do."""
@@ -282,6 +299,7 @@ class IncomingMigration:
         """RAM's START: every block must be ours, name by name and byte by byte."""
         assert self._main is not None
         self._refuse_now()
+        self._check_preempt()
         start = await self._main.decode(
             lambda read: section.read_header_untrusted(read, c.QEMU_VM_SECTION_START)
         )

@@ -261,11 +261,12 @@ class OutgoingMigration:
             for block in self.guest.blocks:
                 sizes |= block.page_size
             head.append(command.encode(command.Advise(sizes, PAGE)))
+            if self.settings.on("postcopy-preempt"):
+                head.append(command.encode(command.Ping(c.PING_PREEMPT)))
         head.append(section.encode_section(section.RAM_START, self._block_list()))
         await self._main.write(b"".join(head))
         if self._return_path:
-            await self._main.write(command.encode(command.Ping(c.PING_SETUP)))
-            await self._pong(c.PING_SETUP)
+            await self._taken()
         self.tracking.start()
         self.times.active = time.monotonic()
         self._next_pass()
@@ -465,6 +466,7 @@ class OutgoingMigration:
         if not self._preempt_early:
             # Not before a PONG: else the destination may take it for main.
             await self._connect_preempt(address)
+            await self._check_preempt()
         self.pump.cut_short(False)
         await self._stop_guest()
         await self._send_package()
@@ -482,6 +484,18 @@ class OutgoingMigration:
         assert self._main is not None
         if self.settings.on("postcopy-preempt"):
             self._preempt = await connect(address, "preempt", self._main.stop)
+
+    async def _check_preempt(self) -> None:
+        """A destination that has the capability off has closed it by now."""
+        if self._preempt is None:
+            return
+        await self._taken()
+        if self._preempt.hung_up():
+            raise ChannelLost(
+                "the destination has closed the preempt channel; switch"
+                " postcopy-preempt on on both sides or on neither",
+                channel="preempt",
+            )
 
     async def _send_package(self) -> None:
         assert self.pump is not None
@@ -555,6 +569,13 @@ class OutgoingMigration:
         async with self._news:
             while value not in self._pongs:
                 await self._news.wait()
+
+    async def _taken(self) -> None:
+        """Wait until the destination has taken all that was sent so far."""
+        assert self._main is not None
+        self._pongs.discard(c.PING_SETUP)
+        await self._main.write(command.encode(command.Ping(c.PING_SETUP)))
+        await self._pong(c.PING_SETUP)
 
     async def _shut_down(self) -> None:
         async with self._news:

@@ -100,6 +100,7 @@ DEVICE_SECTION_ID: Final = 4  # name and version are the guest's
 PING_HELLO: Final = 0x50430001  # "PC" 1: this source is srcd
 PING_SETUP: Final = 0x50430002  # behind START: its PONG accepts what came so far
 PING_COMMIT: Final = 0x50430003  # the source gives the guest up for good
+PING_PREEMPT: Final = 0x50430004  # behind ADVISE: a preempt channel will come
 PONG_HELLO_ACK: Final = 0x50430000  # this destination is dstd
 RP_X_FAILURE: Final = 0x8001  # one sentence, before SHUT 1; never to QEMU
 
