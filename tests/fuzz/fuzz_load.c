@@ -49,8 +49,8 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
     add_block("ram", 16 * PAGE, PAGE);
     add_block("big", 4 * BIG, BIG);
     need(RESULT_IS_OK(ram_prepare_destination(&ram)));
-    need(RESULT_IS_OK(destination_open(&destination, &ram, PLACE_FILE, -1,
-                                       NULL, 0)));
+    need(RESULT_IS_OK(
+        destination_open(&destination, &ram, PLACE_FILE, -1, NULL, 0)));
     input_fd = memfd_create("input", MFD_CLOEXEC);
     stop_fd = eventfd(0, EFD_CLOEXEC);
     need(input_fd >= 0 && stop_fd >= 0);
@@ -108,8 +108,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     start_over();
     set_input(data + 1, size - 1);
     need(RESULT_IS_OK(channel_open(&channel, input_fd, stop_fd)));
-    need(RESULT_IS_OK(loader_open(&loader, &destination, &channel,
-                                  data[0] & ON_PREEMPT)));
+    need(RESULT_IS_OK(
+        loader_open(&loader, &destination, &channel, data[0] & ON_PREEMPT)));
     loader.section_id = SECTION;
     loader.advised = data[0] & ADVISED ? 1 : 0;
     if (data[0] & LISTENING) {

@@ -21,20 +21,20 @@
 #define UFFD_USER_MODE_ONLY 1
 #endif
 
-/* --- a guest's memory ------------------------------------------------------ */
+/* --- a guest's memory ------------------------------------------------------
+ */
 
 static void *map_memory(int fd, uint64_t length)
 {
-    void *map = mmap(NULL, (size_t)length, PROT_READ | PROT_WRITE, MAP_SHARED,
-                     fd, 0);
+    void *map =
+        mmap(NULL, (size_t)length, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 
     NEED(map != MAP_FAILED);
     NEED(madvise(map, (size_t)length, MADV_DONTFORK) == 0);
     return map;
 }
 
-void guest_open(struct guest *g, const struct block_spec *specs,
-                uint32_t count)
+void guest_open(struct guest *g, const struct block_spec *specs, uint32_t count)
 {
     NEED(count <= BLOCKS);
     NEED(RESULT_IS_OK(ram_open(&g->ram, count)));
@@ -206,7 +206,8 @@ void stranger_close(struct stranger *s)
     }
 }
 
-/* --- contents -------------------------------------------------------------- */
+/* --- contents --------------------------------------------------------------
+ */
 
 static uint64_t mix(uint64_t x)
 {
@@ -246,7 +247,8 @@ uint64_t next_random(uint64_t *state)
     return *state >> 33;
 }
 
-/* --- threads --------------------------------------------------------------- */
+/* --- threads ---------------------------------------------------------------
+ */
 
 static void *job_main(void *arg)
 {
@@ -268,7 +270,8 @@ struct result job_wait(struct job *j)
     return j->result;
 }
 
-/* --- channels -------------------------------------------------------------- */
+/* --- channels --------------------------------------------------------------
+ */
 
 void make_pair(int fds[2])
 {
@@ -364,13 +367,15 @@ void receive_all(int fd, void *data, size_t size)
     NEED(receive(fd, data, size));
 }
 
-/* --- the stream, read independently ---------------------------------------- */
+/* --- the stream, read independently ----------------------------------------
+ */
 
 void walker_open(struct walker *w, int fd, const struct ram *ram,
                  uint32_t section_id)
 {
-    *w = (struct walker){ .fd = fd, .sections = true, .ram = ram,
-                          .section_id = section_id };
+    *w = (struct walker){
+        .fd = fd, .sections = true, .ram = ram, .section_id = section_id
+    };
     for (uint32_t i = 0; i < ram->count; i++) {
         w->counts[i] = calloc(block_pages(&ram->blocks[i]), sizeof(uint32_t));
         w->images[i] = calloc(1, (size_t)ram->blocks[i].length);
@@ -475,7 +480,8 @@ static const char *walk_record(struct walker *w, uint64_t word)
     const char *wrong = NULL;
     uint8_t fill = 0;
 
-    if ((flags & ~UINT64_C(0x20)) != 0x02 && (flags & ~UINT64_C(0x20)) != 0x08) {
+    if ((flags & ~UINT64_C(0x20)) != 0x02 &&
+        (flags & ~UINT64_C(0x20)) != 0x08) {
         return "unexpected flags";
     }
     if (!(flags & 0x20)) {
@@ -540,7 +546,8 @@ struct result walker_run(void *walker)
     return wrong ? result_stream(wrong, 0, 0) : result_ok();
 }
 
-/* --- the stream, written --------------------------------------------------- */
+/* --- the stream, written ---------------------------------------------------
+ */
 
 void script_free(struct script *s)
 {

@@ -122,7 +122,7 @@ static void test_file_and_order(void)
 struct share {
     struct bitmap *b;
     uint64_t index;
-    uint64_t set;     /* bits that this thread was the one to set */
+    uint64_t set; /* bits that this thread was the one to set */
     uint64_t cleared;
 };
 

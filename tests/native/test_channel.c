@@ -18,8 +18,8 @@ static void shrink_buffers(const struct line *l)
     int small = 1; /* the kernel makes it its least */
 
     NEED(setsockopt(l->fd, SOL_SOCKET, SO_SNDBUF, &small, sizeof(small)) == 0);
-    NEED(setsockopt(l->peer, SOL_SOCKET, SO_SNDBUF, &small,
-                    sizeof(small)) == 0);
+    NEED(setsockopt(l->peer, SOL_SOCKET, SO_SNDBUF, &small, sizeof(small)) ==
+         0);
 }
 
 static uint8_t byte_at(size_t i)

@@ -102,9 +102,9 @@ static void test_written_pages_and_no_others(void)
     CHECK(RESULT_IS_OK(dirty_sync(&f.dirty, &pages)));
     CHECK_EQ(pages, 0);
 
-    f.guest.memory[0][0] = 1;                  /* the first, a hole before */
+    f.guest.memory[0][0] = 1; /* the first, a hole before */
     f.guest.memory[0][100 * PAGE] = 2;
-    f.guest.memory[0][8 * MIB - 1] = 3;        /* the last */
+    f.guest.memory[0][8 * MIB - 1] = 3; /* the last */
     f.guest.memory[1][63 * PAGE] = 4;
     CHECK_EQ(((volatile uint8_t *)f.guest.memory[0])[50 * PAGE], 0); /* read */
     CHECK(RESULT_IS_OK(dirty_sync(&f.dirty, &pages)));
@@ -145,7 +145,8 @@ static void test_scattered_writes(void)
     fixture_close(&f);
 }
 
-/* --- a guest that writes all the time -------------------------------------- */
+/* --- a guest that writes all the time --------------------------------------
+ */
 
 #define WRITERS 3
 
@@ -164,10 +165,10 @@ static struct result write_on(void *arg)
 
     while (!__atomic_load_n(w->stop, __ATOMIC_SEQ_CST)) {
         uint32_t i = next_random(&random) % 8 == 0;
-        uint64_t page = next_random(&random) %
-                        block_pages(&w->f->guest.ram.blocks[i]);
-        uint64_t *words = (uint64_t *)(void *)(w->f->guest.memory[i] +
-                                               page * PAGE);
+        uint64_t page =
+            next_random(&random) % block_pages(&w->f->guest.ram.blocks[i]);
+        uint64_t *words =
+            (uint64_t *)(void *)(w->f->guest.memory[i] + page * PAGE);
 
         __atomic_fetch_add(&words[w->index * 100], 1, __ATOMIC_RELAXED);
         __atomic_fetch_add(&w->writes, 1, __ATOMIC_RELAXED);
@@ -181,8 +182,8 @@ static void copy_dirty(struct fixture *f, uint8_t *const copies[2])
     for (uint32_t i = 0; i < 2; i++) {
         struct ram_block *b = &f->guest.ram.blocks[i];
 
-        for (uint64_t p = 0; (p = bitmap_next_set(&b->dirty, p)) <
-                                 b->dirty.bits;) {
+        for (uint64_t p = 0;
+             (p = bitmap_next_set(&b->dirty, p)) < b->dirty.bits;) {
             bitmap_test_and_clear(&b->dirty, p);
             memcpy(copies[i] + p * PAGE, b->map + p * PAGE, PAGE);
         }
@@ -249,7 +250,8 @@ static void test_follow_writers_in_huge_pages(void)
     follow_writers(huge_specs);
 }
 
-/* --- what can go wrong ----------------------------------------------------- */
+/* --- what can go wrong -----------------------------------------------------
+ */
 
 /* Unwatched memory must not look unwritten. */
 static void test_sync_without_start(void)
@@ -300,8 +302,9 @@ static void test_guest_is_gone(void)
     CHECK(RESULT_IS_OK(ram_open(&ram, 1)));
     CHECK(RESULT_IS_OK(ram_add(&ram, "ram", s.length, PAGE, s.base, s.memory)));
     CHECK(RESULT_IS_OK(ram_prepare_source(&ram)));
-    d = (struct dirty){ .ram = &ram, .way = DIRTY_WP_ASYNC, .uffd = s.uffd,
-                        .pagemap = s.pagemap };
+    d = (struct dirty){
+        .ram = &ram, .way = DIRTY_WP_ASYNC, .uffd = s.uffd, .pagemap = s.pagemap
+    };
     CHECK(RESULT_IS_OK(dirty_start(&d)));
     CHECK(RESULT_IS_OK(dirty_sync(&d, &pages)));
     CHECK_EQ(pages, 0);

@@ -47,8 +47,8 @@ static void fixture_open(struct fixture *f, const struct block_spec *blocks,
     f->uffd = open_ready_uffd();
     f->stop_fd = make_event();
     line_open(&f->line);
-    NEED(RESULT_IS_OK(destination_open(&f->d, &f->guest.ram, way, f->uffd,
-                                       NULL, 0)));
+    NEED(RESULT_IS_OK(
+        destination_open(&f->d, &f->guest.ram, way, f->uffd, NULL, 0)));
     rpath_connect(&f->d.rpath, &f->line.channel);
 }
 
@@ -152,7 +152,8 @@ static void wait_for(const uint64_t *counter, uint64_t value)
     }
 }
 
-/* --- pages that are here --------------------------------------------------- */
+/* --- pages that are here ---------------------------------------------------
+ */
 
 /* No request leaves for what is here, with data or without. */
 static void test_fault_on_a_page_that_is_here(void)
@@ -227,7 +228,8 @@ static void test_given_back(void)
     given_back(PLACE_CONTINUE);
 }
 
-/* --- pages that are missing ------------------------------------------------ */
+/* --- pages that are missing ------------------------------------------------
+ */
 
 /* Three threads, one page: one request, and the page wakes them all. */
 static void request_once(int way)
@@ -389,7 +391,8 @@ static void test_run_again(void)
     fixture_close(&f);
 }
 
-/* --- blocktime ------------------------------------------------------------- */
+/* --- blocktime -------------------------------------------------------------
+ */
 
 struct vcpu {
     const uint8_t *at;
@@ -420,8 +423,8 @@ static void test_blocktime(void)
         vcpus[i].at = at(&f, 0, i);
         vcpus[i].go_fd = make_event();
         job_start(&jobs[i], run_vcpu, &vcpus[i]);
-        while (!(threads[i] = __atomic_load_n(&vcpus[i].thread,
-                                              __ATOMIC_SEQ_CST))) {
+        while (!(threads[i] =
+                     __atomic_load_n(&vcpus[i].thread, __ATOMIC_SEQ_CST))) {
         }
     }
     waiting_close(&f.d.waiting);
@@ -444,7 +447,8 @@ static void test_blocktime(void)
     fixture_close(&f);
 }
 
-/* --- huge pages ------------------------------------------------------------ */
+/* --- huge pages ------------------------------------------------------------
+ */
 
 static void huge(int way)
 {
@@ -490,7 +494,8 @@ static void test_huge(void)
     huge(PLACE_CONTINUE);
 }
 
-/* --- many at once ---------------------------------------------------------- */
+/* --- many at once ----------------------------------------------------------
+ */
 
 #define LOOKERS 4
 

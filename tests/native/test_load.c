@@ -42,13 +42,13 @@ static void fixture_open(struct fixture *f, const struct block_spec *specs,
     guest_open(&f->guest, specs, count);
     NEED(RESULT_IS_OK(ram_prepare_destination(&f->guest.ram)));
     f->uffd = way == PLACE_FILE ? -1 : open_ready_uffd();
-    NEED(RESULT_IS_OK(destination_open(&f->d, &f->guest.ram, way, f->uffd,
-                                       NULL, 0)));
+    NEED(RESULT_IS_OK(
+        destination_open(&f->d, &f->guest.ram, way, f->uffd, NULL, 0)));
     line_open(&f->main);
     line_open(&f->preempt);
     NEED(RESULT_IS_OK(loader_open(&f->loader, &f->d, &f->main.channel, false)));
-    NEED(RESULT_IS_OK(loader_open(&f->urgent, &f->d, &f->preempt.channel,
-                                  true)));
+    NEED(RESULT_IS_OK(
+        loader_open(&f->urgent, &f->d, &f->preempt.channel, true)));
     f->loader.section_id = SECTION;
 }
 
@@ -75,8 +75,8 @@ static void reconnect(struct fixture *f)
     line_open(&f->main);
     line_open(&f->preempt);
     NEED(RESULT_IS_OK(loader_open(&f->loader, &f->d, &f->main.channel, false)));
-    NEED(RESULT_IS_OK(loader_open(&f->urgent, &f->d, &f->preempt.channel,
-                                  true)));
+    NEED(RESULT_IS_OK(
+        loader_open(&f->urgent, &f->d, &f->preempt.channel, true)));
     f->loader.section_id = SECTION;
 }
 
@@ -125,7 +125,8 @@ static struct result play_preempt(struct fixture *f, struct script *s)
     return play(&f->preempt, &f->urgent, run_preempt, s);
 }
 
-/* --- sections -------------------------------------------------------------- */
+/* --- sections --------------------------------------------------------------
+ */
 
 static void test_sections(void)
 {
@@ -326,7 +327,8 @@ static void test_preempt_ends(void)
     fixture_close(&f);
 }
 
-/* --- discards -------------------------------------------------------------- */
+/* --- discards --------------------------------------------------------------
+ */
 
 static void put_discard(struct script *s, const char *idstr, uint64_t start,
                         uint64_t length)
@@ -408,8 +410,8 @@ static bool payload_refused(const void *bytes, uint16_t size)
 static void test_refused_discards(void)
 {
     static const uint8_t good[] = {
-        0, 3, 'r', 'a', 'm', 0, 0, 0, 0, 0, 0, 0, 0, 0,
-        0, 0, 0, 0, 0, 0, 0x10, 0,
+        0, 3, 'r', 'a', 'm', 0, 0, 0, 0, 0,    0,
+        0, 0, 0,   0,   0,   0, 0, 0, 0, 0x10, 0,
     };
     uint8_t bad[sizeof(good)];
 
@@ -436,7 +438,8 @@ static void test_refused_discards(void)
     CHECK(payload_refused(bad, sizeof(bad)));
 }
 
-/* --- postcopy -------------------------------------------------------------- */
+/* --- postcopy --------------------------------------------------------------
+ */
 
 /* Twice, on one channel and on the other: the first stays, untouched. */
 static void test_duplicates(void)

@@ -91,7 +91,8 @@ struct world {
     struct job load_urgent;
 };
 
-/* --- the guest ------------------------------------------------------------- */
+/* --- the guest -------------------------------------------------------------
+ */
 
 struct vcpu {
     struct world *w;
@@ -122,8 +123,8 @@ static struct result write_on(void *arg)
         uint32_t i = next_random(&random) % 8 == 0;
         uint64_t pages = block_pages(block(v->w, SOURCE, i));
         /* A third of the RAM is never touched. */
-        uint64_t page = next_random(&random) % pages / 3 * 3 +
-                        next_random(&random) % 2;
+        uint64_t page =
+            next_random(&random) % pages / 3 * 3 + next_random(&random) % 2;
 
         if (page < pages) {
             __atomic_fetch_add(&words_of(v->w, SOURCE, i, page)[v->index], 1,
@@ -168,7 +169,8 @@ static void fill_source(struct world *w)
     }
 }
 
-/* --- set up ---------------------------------------------------------------- */
+/* --- set up ----------------------------------------------------------------
+ */
 
 static void world_open(struct world *w, const struct layout *layout, int way,
                        bool two_channels)
@@ -184,8 +186,8 @@ static void world_open(struct world *w, const struct layout *layout, int way,
     w->fault_stop = make_event();
     NEED(RESULT_IS_OK(ram_prepare_source(&w->guests[SOURCE].ram)));
     NEED(RESULT_IS_OK(ram_prepare_destination(&w->guests[DESTINATION].ram)));
-    NEED(RESULT_IS_OK(source_open(&w->source, &w->guests[SOURCE].ram,
-                                  SECTION)));
+    NEED(
+        RESULT_IS_OK(source_open(&w->source, &w->guests[SOURCE].ram, SECTION)));
     w->dirty = (struct dirty){ .ram = &w->guests[SOURCE].ram,
                                .way = DIRTY_WP_ASYNC,
                                .uffd = w->uffds[SOURCE] };
@@ -232,7 +234,8 @@ static void world_close(struct world *w)
     }
 }
 
-/* --- the loops ------------------------------------------------------------- */
+/* --- the loops -------------------------------------------------------------
+ */
 
 static struct result run_pump(void *arg)
 {
@@ -278,7 +281,8 @@ static void start_epoch(struct world *w)
     job_start(&w->pump, run_pump, w);
 }
 
-/* --- the phases ------------------------------------------------------------ */
+/* --- the phases ------------------------------------------------------------
+ */
 
 /* A byte that is no RAM hands the stream back on the other side. */
 static bool pass_border(struct world *w)
@@ -360,9 +364,9 @@ static bool recover(struct world *w)
             }
             bitmap_test_and_set(&there->owed, host);
             if (bitmap_test(&here->requested, host)) {
-                ok = ok && RESULT_IS_OK(rpath_request(
-                               &w->destination.rpath, here,
-                               host << here->host_bits));
+                ok = ok &&
+                     RESULT_IS_OK(rpath_request(&w->destination.rpath, here,
+                                                host << here->host_bits));
             }
         }
     }
@@ -390,12 +394,11 @@ static bool end(struct world *w)
     bool ok = RESULT_IS_OK(job_wait(&w->pump)) && send_end(w);
 
     __atomic_store_n(&w->source.ended, 1, __ATOMIC_SEQ_CST);
-    ok = ok && pass_border(w) && w->loader.ended &&
-         poll(&complete, 1, -1) == 1;
+    ok = ok && pass_border(w) && w->loader.ended && poll(&complete, 1, -1) == 1;
     shutdown(w->preempt.fds[DESTINATION], SHUT_RDWR);
     ok = ok && job_wait(&w->load_urgent).kind == RESULT_CLOSED &&
-         RESULT_IS_OK(channel_write(&w->main.ends[DESTINATION], shut,
-                                    sizeof(shut)));
+         RESULT_IS_OK(
+             channel_write(&w->main.ends[DESTINATION], shut, sizeof(shut)));
     return ok && RESULT_IS_OK(job_wait(&w->server));
 }
 

@@ -33,8 +33,8 @@ static void fixture_open(struct fixture *f, const struct block_spec *specs,
     guest_open(&f->guest, specs, count);
     NEED(RESULT_IS_OK(ram_prepare_destination(&f->guest.ram)));
     f->uffd = way == PLACE_FILE ? -1 : open_ready_uffd();
-    NEED(RESULT_IS_OK(destination_open(&f->d, &f->guest.ram, way, f->uffd,
-                                       NULL, 0)));
+    NEED(RESULT_IS_OK(
+        destination_open(&f->d, &f->guest.ram, way, f->uffd, NULL, 0)));
 }
 
 static void fixture_close(struct fixture *f)
@@ -96,7 +96,8 @@ static uint64_t received(struct fixture *f, uint32_t i)
     return bitmap_count(&block(f, i)->received);
 }
 
-/* --- before postcopy ------------------------------------------------------- */
+/* --- before postcopy -------------------------------------------------------
+ */
 
 static void precopy(int way)
 {
@@ -170,7 +171,8 @@ static void test_no_more_room_in_the_file(void)
     fixture_close(&f);
 }
 
-/* --- the switch ------------------------------------------------------------ */
+/* --- the switch ------------------------------------------------------------
+ */
 
 static void discard(int way)
 {
@@ -244,8 +246,8 @@ static void test_probe(void)
     CHECK(is_all_zero(at(&f, 0, 0))); /* no fault: it is as it was */
     /* Somebody else watches the memory. */
     other = open_ready_uffd();
-    CHECK(RESULT_IS_OK(uffd_register(other, block(&f, 1)->base, 3 * PAGE,
-                                     UFFD_MODE_MISSING)));
+    CHECK(RESULT_IS_OK(
+        uffd_register(other, block(&f, 1)->base, 3 * PAGE, UFFD_MODE_MISSING)));
     CHECK_EQ(destination_probe(&f.d).err, EBUSY);
     CHECK_EQ(destination_listen(&f.d).kind, RESULT_HOST);
     close(other);
@@ -255,7 +257,8 @@ static void test_probe(void)
     fixture_close(&f);
 }
 
-/* --- postcopy -------------------------------------------------------------- */
+/* --- postcopy --------------------------------------------------------------
+ */
 
 /* What was placed is there without a fault; nobody answers faults here. */
 static void postcopy(int way)
@@ -462,7 +465,8 @@ static void test_resolve_beside_given_back_pages(void)
     fixture_close(&f);
 }
 
-/* --- huge pages in postcopy ------------------------------------------------ */
+/* --- huge pages in postcopy ------------------------------------------------
+ */
 
 static void postcopy_huge(int way)
 {

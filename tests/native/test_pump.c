@@ -140,9 +140,9 @@ static struct expectation expect(struct fixture *f, bool owed)
         e.pages[i] = calloc(block_pages(b), sizeof(bool));
         NEED(e.pages[i]);
         for (uint64_t p = 0; p < block_pages(b); p++) {
-            e.pages[i][p] = owed ? bitmap_test(&b->owed,
-                                               p >> block_pages_bits(b)) :
-                                   bitmap_test(&b->dirty, p);
+            e.pages[i][p] =
+                owed ? bitmap_test(&b->owed, p >> block_pages_bits(b)) :
+                       bitmap_test(&b->dirty, p);
         }
     }
     return e;
@@ -176,7 +176,8 @@ static bool came_exactly_once(struct fixture *f, struct expectation *e)
     return ok;
 }
 
-/* --- precopy --------------------------------------------------------------- */
+/* --- precopy ---------------------------------------------------------------
+ */
 
 static void precopy(int layout, uint64_t one_in)
 {
@@ -392,7 +393,8 @@ static void test_peer_goes_while_writing(void)
     fixture_close(&f);
 }
 
-/* --- postcopy -------------------------------------------------------------- */
+/* --- postcopy --------------------------------------------------------------
+ */
 
 static void test_owe_rounds_to_host_pages(void)
 {
@@ -460,8 +462,8 @@ static void test_discards(void)
     }
     {
         static const uint8_t last[] = {
-            8, 0, 6, 0, 22, 0, 3, 'v', 'g', 'a', 0,
-            0, 0, 0, 0, 0, 0x12, 0xb0, 0, 0, 0, 0, 0, 0, 0, 0x10, 0,
+            8, 0, 6,    0,    22, 0, 3, 'v', 'g', 'a', 0, 0,    0, 0,
+            0, 0, 0x12, 0xb0, 0,  0, 0, 0,   0,   0,   0, 0x10, 0,
         };
         uint8_t got[sizeof(last)];
 

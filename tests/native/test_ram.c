@@ -89,7 +89,9 @@ static void test_prepare(void)
 {
     static const struct block_spec specs[] = {
         { .idstr = "small", .length = 8 * MIB, .page_size = PAGE },
-        { .idstr = "huge", .length = 8 * MIB, .page_size = HUGE,
+        { .idstr = "huge",
+          .length = 8 * MIB,
+          .page_size = HUGE,
           .plain = true },
     };
     struct guest g;
@@ -116,7 +118,8 @@ static void test_prepare(void)
 
 static void test_geometry(void)
 {
-    struct ram_block b = { .length = 8 * MIB, .page_size = HUGE,
+    struct ram_block b = { .length = 8 * MIB,
+                           .page_size = HUGE,
                            .host_bits = 21 };
 
     CHECK_EQ(block_pages(&b), 2048);

@@ -73,9 +73,11 @@ static void send_script(struct script *s, int fd)
     script_free(s);
 }
 
-/* --- the source's end ------------------------------------------------------ */
+/* --- the source's end ------------------------------------------------------
+ */
 
-/* One request serves its pages at once, and the next message is the caller's. */
+/* One request serves its pages at once, and the next message is the caller's.
+ */
 static void serve(bool preempt)
 {
     struct fixture f;
@@ -121,10 +123,9 @@ static void test_serve_on_preempt(void)
 static void test_bytes_on_main(void)
 {
     static const uint8_t wanted[] = {
-        2,    0, 0, 0, SECTION,
-        0,    0, 0, 0, 0, 0, 0x30, 0x02, 3, 'r', 'a', 'm', 0,
-        0,    0, 0, 0, 0, 0, 0, 0x10,
-        0x7e, 0, 0, 0, SECTION,
+        2,    0,    0, 0,    SECTION, 0,   0, 0, 0,       0, 0,
+        0x30, 0x02, 3, 'r',  'a',     'm', 0, 0, 0,       0, 0,
+        0,    0,    0, 0x10, 0x7e,    0,   0, 0, SECTION,
     };
     uint8_t got[sizeof(wanted)];
     struct fixture f;
@@ -145,8 +146,8 @@ static void test_bytes_on_main(void)
 static void test_bytes_on_preempt(void)
 {
     static const uint8_t wanted[] = {
-        0, 0, 0, 0, 0, 0, 0x30, 0x02, 3, 'r', 'a', 'm', 0,
-        0, 0, 0, 0, 0, 0, 0x10, 0x22, 0,
+        0,   0, 0, 0, 0, 0, 0x30, 0x02, 3,    'r',  'a',
+        'm', 0, 0, 0, 0, 0, 0,    0,    0x10, 0x22, 0,
     };
     uint8_t got[sizeof(wanted)];
     struct fixture f;
@@ -208,8 +209,8 @@ static void test_refused_requests(void)
     CHECK(request_refused("huge", HUGE, 2 * HUGE, "not within"));
 }
 
-static bool message_refused(uint16_t type, const void *payload,
-                            uint16_t length, const char *why)
+static bool message_refused(uint16_t type, const void *payload, uint16_t length,
+                            const char *why)
 {
     struct script s = { 0 };
     struct result r;
@@ -225,9 +226,8 @@ static bool message_refused(uint16_t type, const void *payload,
 
 static void test_refused_messages(void)
 {
-    static const uint8_t request[600] = {
-        0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x10, 0, 3, 'r', 'a', 'm'
-    };
+    static const uint8_t request[600] = { 0, 0, 0,    0, 0, 0,   0,   0,
+                                          0, 0, 0x10, 0, 3, 'r', 'a', 'm' };
 
     CHECK(message_refused(4, request, 12, "not here")); /* no predecessor */
     CHECK(message_refused(4, request, 13, "not here"));
@@ -271,8 +271,8 @@ static void test_every_cut(void)
     put_request(&s, "ram", PAGE, PAGE);
     put_word(&s, PONG, 1);
     for (size_t full = s.size; s.size > 0; s.size--) {
-        CHECK_EQ(answer_to(&s).kind, s.size == full ? RESULT_OK :
-                                                      RESULT_CLOSED);
+        CHECK_EQ(answer_to(&s).kind,
+                 s.size == full ? RESULT_OK : RESULT_CLOSED);
     }
     script_free(&s);
 }
@@ -351,7 +351,8 @@ static void test_write_fails(void)
     fixture_close(&f);
 }
 
-/* --- the destination's end ------------------------------------------------- */
+/* --- the destination's end -------------------------------------------------
+ */
 
 static bool sent(struct line *l, const struct script *wanted)
 {

@@ -33,7 +33,8 @@ static void test_one_value(void)
 /* Never too low, and at most 1/16 too high. */
 static void test_percentile_error(void)
 {
-    for (uint64_t value = 1; value < UINT64_C(1) << 62; value += 1 + value / 7) {
+    for (uint64_t value = 1; value < UINT64_C(1) << 62;
+         value += 1 + value / 7) {
         static struct histogram h;
         uint64_t read;
 

@@ -251,8 +251,8 @@ static void test_other_process(void)
         return;
     }
     CHECK(RESULT_IS_OK(uffd_negotiate(s.uffd, &can)));
-    CHECK(RESULT_IS_OK(uffd_register(s.uffd, s.base, s.length,
-                                     UFFD_MODE_MISSING)));
+    CHECK(RESULT_IS_OK(
+        uffd_register(s.uffd, s.base, s.length, UFFD_MODE_MISSING)));
     pattern_fill(page, 2);
     CHECK(RESULT_IS_OK(uffd_copy(s.uffd, s.base, page, PAGE, PAGE)));
     CHECK_EQ(pread(s.memory, got, PAGE, 0), PAGE);
@@ -284,8 +284,7 @@ static void test_huge(void)
     guest_open(&g, huge, 1);
     base = g.ram.blocks[0].base;
     uffd = open_ready_uffd();
-    CHECK(RESULT_IS_OK(uffd_register(uffd, base, 2 * HUGE,
-                                     UFFD_MODE_MISSING)));
+    CHECK(RESULT_IS_OK(uffd_register(uffd, base, 2 * HUGE, UFFD_MODE_MISSING)));
     page = calloc(1, HUGE);
     pattern_fill(page + HUGE - PAGE, 3);
     CHECK(RESULT_IS_OK(uffd_copy(uffd, base + HUGE, page, HUGE, HUGE)));

@@ -25,8 +25,8 @@ static void open_ram(void)
 }
 
 static enum wire_status decode(const void *bytes, size_t size,
-                               struct ram_block **last,
-                               struct wire_record *rec, const char **why)
+                               struct ram_block **last, struct wire_record *rec,
+                               const char **why)
 {
     /* Of its very size, so that the sanitizer sees a byte too much read. */
     uint8_t *copy = malloc(size ? size : 1);
@@ -123,9 +123,8 @@ static void test_every_cut(void)
 
 static void test_records_that_stand_alone(void)
 {
-    static const uint64_t words[] = {
-        RAM_SAVE_FLAG_EOS, RAM_SAVE_FLAG_MULTIFD_FLUSH
-    };
+    static const uint64_t words[] = { RAM_SAVE_FLAG_EOS,
+                                      RAM_SAVE_FLAG_MULTIFD_FLUSH };
 
     for (size_t i = 0; i < 2; i++) {
         struct ram_block *last = NULL;
