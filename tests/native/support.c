@@ -21,8 +21,7 @@
 #define UFFD_USER_MODE_ONLY 1
 #endif
 
-/* --- a guest's memory ------------------------------------------------------
- */
+/* --- a guest's memory ---------------------------------------------------- */
 
 static void *map_memory(int fd, uint64_t length)
 {
@@ -206,8 +205,7 @@ void stranger_close(struct stranger *s)
     }
 }
 
-/* --- contents --------------------------------------------------------------
- */
+/* --- contents ------------------------------------------------------------ */
 
 static uint64_t mix(uint64_t x)
 {
@@ -247,8 +245,7 @@ uint64_t next_random(uint64_t *state)
     return *state >> 33;
 }
 
-/* --- threads ---------------------------------------------------------------
- */
+/* --- threads ------------------------------------------------------------- */
 
 static void *job_main(void *arg)
 {
@@ -270,8 +267,7 @@ struct result job_wait(struct job *j)
     return j->result;
 }
 
-/* --- channels --------------------------------------------------------------
- */
+/* --- channels ------------------------------------------------------------ */
 
 void make_pair(int fds[2])
 {
@@ -367,8 +363,7 @@ void receive_all(int fd, void *data, size_t size)
     NEED(receive(fd, data, size));
 }
 
-/* --- the stream, read independently ----------------------------------------
- */
+/* --- the stream, read independently -------------------------------------- */
 
 void walker_open(struct walker *w, int fd, const struct ram *ram,
                  uint32_t section_id)
@@ -546,8 +541,7 @@ struct result walker_run(void *walker)
     return wrong ? result_stream(wrong, 0, 0) : result_ok();
 }
 
-/* --- the stream, written ---------------------------------------------------
- */
+/* --- the stream, written ------------------------------------------------- */
 
 void script_free(struct script *s)
 {

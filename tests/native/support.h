@@ -28,8 +28,7 @@
         }                                                              \
     } while (0)
 
-/* --- a guest's memory ------------------------------------------------------
- */
+/* --- a guest's memory ---------------------------------------------------- */
 
 struct block_spec {
     const char *idstr;
@@ -79,8 +78,7 @@ bool stranger_open(struct stranger *s, uint64_t length);
 void stranger_kill(struct stranger *s);
 void stranger_close(struct stranger *s);
 
-/* --- contents --------------------------------------------------------------
- */
+/* --- contents ------------------------------------------------------------ */
 
 /* A target page whose every word depends on the seed. */
 void pattern_fill(void *page, uint64_t seed);
@@ -90,8 +88,7 @@ bool is_all_zero(const void *page);
 /* Small, fast and the same in every run. */
 uint64_t next_random(uint64_t *state);
 
-/* --- threads ---------------------------------------------------------------
- */
+/* --- threads ------------------------------------------------------------- */
 
 /* A function that runs in a thread of its own and returns a result. */
 struct job {
@@ -104,8 +101,7 @@ struct job {
 void job_start(struct job *j, struct result (*run)(void *arg), void *arg);
 struct result job_wait(struct job *j);
 
-/* --- channels --------------------------------------------------------------
- */
+/* --- channels ------------------------------------------------------------ */
 
 /* A channel over a socket pair; `peer` is the other end, and blocks. */
 struct line {
@@ -131,8 +127,7 @@ bool is_readable(int fd);
 void send_all(int fd, const void *data, size_t size);
 void receive_all(int fd, void *data, size_t size);
 
-/* --- the stream, read independently ----------------------------------------
- */
+/* --- the stream, read independently -------------------------------------- */
 
 /*
  * Reads one channel of a source to its end and notes what came. Several may
@@ -162,8 +157,7 @@ void walker_close(struct walker *w);
 /* For job_start(); RESULT_OK: the stream ended at a unit's border. */
 struct result walker_run(void *walker);
 
-/* --- the stream, written ---------------------------------------------------
- */
+/* --- the stream, written ------------------------------------------------- */
 
 /* Bytes of a stream, put together by hand. */
 struct script {

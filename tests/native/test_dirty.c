@@ -145,8 +145,7 @@ static void test_scattered_writes(void)
     fixture_close(&f);
 }
 
-/* --- a guest that writes all the time --------------------------------------
- */
+/* --- a guest that writes all the time ------------------------------------ */
 
 #define WRITERS 3
 
@@ -250,8 +249,7 @@ static void test_follow_writers_in_huge_pages(void)
     follow_writers(huge_specs);
 }
 
-/* --- what can go wrong -----------------------------------------------------
- */
+/* --- what can go wrong --------------------------------------------------- */
 
 /* Unwatched memory must not look unwritten. */
 static void test_sync_without_start(void)

@@ -152,8 +152,7 @@ static void wait_for(const uint64_t *counter, uint64_t value)
     }
 }
 
-/* --- pages that are here ---------------------------------------------------
- */
+/* --- pages that are here ------------------------------------------------- */
 
 /* No request leaves for what is here, with data or without. */
 static void test_fault_on_a_page_that_is_here(void)
@@ -228,8 +227,7 @@ static void test_given_back(void)
     given_back(PLACE_CONTINUE);
 }
 
-/* --- pages that are missing ------------------------------------------------
- */
+/* --- pages that are missing ---------------------------------------------- */
 
 /* Three threads, one page: one request, and the page wakes them all. */
 static void request_once(int way)
@@ -391,8 +389,7 @@ static void test_run_again(void)
     fixture_close(&f);
 }
 
-/* --- blocktime -------------------------------------------------------------
- */
+/* --- blocktime ----------------------------------------------------------- */
 
 struct vcpu {
     const uint8_t *at;
@@ -447,8 +444,7 @@ static void test_blocktime(void)
     fixture_close(&f);
 }
 
-/* --- huge pages ------------------------------------------------------------
- */
+/* --- huge pages ---------------------------------------------------------- */
 
 static void huge(int way)
 {
@@ -494,8 +490,7 @@ static void test_huge(void)
     huge(PLACE_CONTINUE);
 }
 
-/* --- many at once ----------------------------------------------------------
- */
+/* --- many at once -------------------------------------------------------- */
 
 #define LOOKERS 4
 

@@ -125,8 +125,7 @@ static struct result play_preempt(struct fixture *f, struct script *s)
     return play(&f->preempt, &f->urgent, run_preempt, s);
 }
 
-/* --- sections --------------------------------------------------------------
- */
+/* --- sections ------------------------------------------------------------ */
 
 static void test_sections(void)
 {
@@ -327,8 +326,7 @@ static void test_preempt_ends(void)
     fixture_close(&f);
 }
 
-/* --- discards --------------------------------------------------------------
- */
+/* --- discards ------------------------------------------------------------ */
 
 static void put_discard(struct script *s, const char *idstr, uint64_t start,
                         uint64_t length)
@@ -438,8 +436,7 @@ static void test_refused_discards(void)
     CHECK(payload_refused(bad, sizeof(bad)));
 }
 
-/* --- postcopy --------------------------------------------------------------
- */
+/* --- postcopy ------------------------------------------------------------ */
 
 /* Twice, on one channel and on the other: the first stays, untouched. */
 static void test_duplicates(void)

@@ -91,8 +91,7 @@ struct world {
     struct job load_urgent;
 };
 
-/* --- the guest -------------------------------------------------------------
- */
+/* --- the guest ----------------------------------------------------------- */
 
 struct vcpu {
     struct world *w;
@@ -169,8 +168,7 @@ static void fill_source(struct world *w)
     }
 }
 
-/* --- set up ----------------------------------------------------------------
- */
+/* --- set up -------------------------------------------------------------- */
 
 static void world_open(struct world *w, const struct layout *layout, int way,
                        bool two_channels)
@@ -234,8 +232,7 @@ static void world_close(struct world *w)
     }
 }
 
-/* --- the loops -------------------------------------------------------------
- */
+/* --- the loops ----------------------------------------------------------- */
 
 static struct result run_pump(void *arg)
 {
@@ -281,8 +278,7 @@ static void start_epoch(struct world *w)
     job_start(&w->pump, run_pump, w);
 }
 
-/* --- the phases ------------------------------------------------------------
- */
+/* --- the phases ---------------------------------------------------------- */
 
 /* A byte that is no RAM hands the stream back on the other side. */
 static bool pass_border(struct world *w)

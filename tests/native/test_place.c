@@ -96,8 +96,7 @@ static uint64_t received(struct fixture *f, uint32_t i)
     return bitmap_count(&block(f, i)->received);
 }
 
-/* --- before postcopy -------------------------------------------------------
- */
+/* --- before postcopy ----------------------------------------------------- */
 
 static void precopy(int way)
 {
@@ -171,8 +170,7 @@ static void test_no_more_room_in_the_file(void)
     fixture_close(&f);
 }
 
-/* --- the switch ------------------------------------------------------------
- */
+/* --- the switch ---------------------------------------------------------- */
 
 static void discard(int way)
 {
@@ -257,8 +255,7 @@ static void test_probe(void)
     fixture_close(&f);
 }
 
-/* --- postcopy --------------------------------------------------------------
- */
+/* --- postcopy ------------------------------------------------------------ */
 
 /* What was placed is there without a fault; nobody answers faults here. */
 static void postcopy(int way)
@@ -465,8 +462,7 @@ static void test_resolve_beside_given_back_pages(void)
     fixture_close(&f);
 }
 
-/* --- huge pages in postcopy ------------------------------------------------
- */
+/* --- huge pages in postcopy ---------------------------------------------- */
 
 static void postcopy_huge(int way)
 {

@@ -176,8 +176,7 @@ static bool came_exactly_once(struct fixture *f, struct expectation *e)
     return ok;
 }
 
-/* --- precopy ---------------------------------------------------------------
- */
+/* --- precopy ------------------------------------------------------------- */
 
 static void precopy(int layout, uint64_t one_in)
 {
@@ -393,8 +392,7 @@ static void test_peer_goes_while_writing(void)
     fixture_close(&f);
 }
 
-/* --- postcopy --------------------------------------------------------------
- */
+/* --- postcopy ------------------------------------------------------------ */
 
 static void test_owe_rounds_to_host_pages(void)
 {

@@ -73,8 +73,7 @@ static void send_script(struct script *s, int fd)
     script_free(s);
 }
 
-/* --- the source's end ------------------------------------------------------
- */
+/* --- the source's end ---------------------------------------------------- */
 
 /* One request serves its pages at once, and the next message is the caller's.
  */
@@ -351,8 +350,7 @@ static void test_write_fails(void)
     fixture_close(&f);
 }
 
-/* --- the destination's end -------------------------------------------------
- */
+/* --- the destination's end ----------------------------------------------- */
 
 static bool sent(struct line *l, const struct script *wanted)
 {
