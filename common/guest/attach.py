@@ -28,6 +28,8 @@ PAGE_SIZES: Final = (4096, 2 << 20)
 # Where a process can map anything on x86-64, and more than a guest can have.
 MAX_ADDRESS: Final = 1 << 56
 
+_DEVICE_NAME: Final = frozenset("abcdefghijklmnopqrstuvwxyz0123456789.-")
+
 USERFAULTFD: Final = "userfaultfd"
 PAGEMAP: Final = "pagemap"
 STATE: Final = "state"
@@ -143,7 +145,7 @@ def _device(value: Json) -> Device | None:
         return None
     members = _object(value, "device")
     name = _text(members, "name", 64)
-    if not all(char.isascii() and (char.isalnum() or char in ".-") for char in name):
+    if not set(name) <= _DEVICE_NAME:
         raise AttachError(f"device name may hold a-z, 0-9, '.' and '-': {name!r}")
     return Device(name=name, version=_integer(members, "version", 1, (1 << 32) - 1))
 
