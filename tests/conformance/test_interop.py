@@ -299,6 +299,17 @@ def test_urgent_pages_to_qemu(
         assert counted["urgent-pages-on-preempt"] == on_preempt
 
 
+@pytest.mark.userfaultfd
+def test_preempt_early_to_later_qemu(private_dir: Path) -> None:
+    """What QEMU 7 needs does not hurt a later one."""
+    option = "--preempt-early"
+    blocks, mode = LAYOUTS["one"], "preempt"
+    with srcd_and_qemu(private_dir, blocks, "10", MODES[mode], option) as ends:
+        migrate(ends.daemon, ends.qemu.listen(), mode)
+        both_complete(ends)
+        assert "postcopy-active" in ends.qemu.statuses
+
+
 def huge_pages(blocks: tuple[Block, ...]) -> int:
     """How many of them one side needs."""
     huge = (block.size for block in blocks if block.page_size == HUGE_PAGE)
