@@ -98,9 +98,7 @@ def _ours(migration: OutgoingMigration, pump: Pump) -> Mapping[str, Json]:
         "background-waits": int(stats.background_waits),
         "hole-pages": int(stats.hole_pages),
         "serve-time": _percentiles(ffi.addressof(stats, "serve")),
-        "time-before-postcopy": _ms(
-            migration.times.begun, migration.times.handed_over
-        ),
+        "time-before-postcopy": _ms(migration.times.begun, migration.times.handed_over),
         "downtime-parts": migration.times.downtime_parts_ms(),
         "converging": migration.converging,
         "peer-is-dstd": migration.peer_is_dstd,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import IO, TYPE_CHECKING, Final
 
 import trio
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from common.guest.attached import AttachedGuest
 
 START_SECONDS: Final = 120.0  # huge pages are cleared before the program attaches
+MAX_WORDS: Final = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,35 +65,57 @@ def program(name: str) -> Path:
     return Path(str(resources.files("common.native"))) / "bin" / name
 
 
-async def start(vm: MicroVm, socket: str) -> AttachedGuest:
+async def start(vm: MicroVm, socket: str, nursery: trio.Nursery) -> AttachedGuest:
     """Start the program and wait until it has attached.
 
     It gets a session of its own: it is to outlive the daemon, not to share its
-    signals. GuestError with the program's own words if it ends instead.
+    signals. GuestError with the program's own words if it ends instead. Its end
+    is noticed in `nursery`.
     """
-    with listening(socket) as listener:
-        process = subprocess.Popen(
-            vm.arguments(socket),
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-        guest: AttachedGuest | None = None
-        async with trio.open_nursery() as nursery:
+    with listening(socket) as listener, tempfile.TemporaryFile() as said:
+        process = await trio.to_thread.run_sync(_spawn, vm.arguments(socket), said)
+        ended = trio.Event()
+        nursery.start_soon(_reap, process, ended)
+        guest = await _attached_or_ended(listener, ended)
+        if guest is None:
+            process.kill()
+            said.seek(0)
+            words = said.read(MAX_WORDS).decode(errors="replace").strip()
+            raise GuestError(
+                f"the built-in guest did not start: {words or 'it does not say why'}"
+            )
+    return guest
 
-            async def ended() -> None:
-                await trio.to_thread.run_sync(process.wait, abandon_on_cancel=True)
-                nursery.cancel_scope.cancel()
 
-            nursery.start_soon(ended)
-            with trio.move_on_after(START_SECONDS):
-                guest = await accept(listener)
+def _spawn(words: list[str], said: IO[bytes]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stderr=said, start_new_session=True
+    )
+
+
+async def _reap(process: subprocess.Popen[bytes], ended: trio.Event) -> None:
+    """Wait for the program's end, so that it does not stay behind as a zombie."""
+    fd = os.pidfd_open(process.pid)
+    try:
+        await trio.lowlevel.wait_readable(fd)
+    finally:
+        os.close(fd)
+    process.wait()
+    ended.set()
+
+
+async def _attached_or_ended(
+    listener: trio.socket.SocketType, ended: trio.Event
+) -> AttachedGuest | None:
+    guest: AttachedGuest | None = None
+    async with trio.open_nursery() as nursery:
+
+        async def give_up() -> None:
+            await ended.wait()
             nursery.cancel_scope.cancel()
-    if guest is None:
-        process.kill()
-        _, errors = process.communicate()
-        said = errors.decode(errors="replace").strip()
-        raise GuestError(
-            f"the built-in guest did not start: {said or 'it says not why'}"
-        )
+
+        nursery.start_soon(give_up)
+        with trio.move_on_after(START_SECONDS):
+            guest = await accept(listener)
+        nursery.cancel_scope.cancel()
     return guest

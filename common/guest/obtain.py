@@ -37,7 +37,8 @@ async def obtain(
             log.info("waiting for a guest at %s", config.socket)
             guest = await accept(listener)
     else:
-        guest = await start(_microvm(config, incoming=incoming), f"{control}.guest")
+        vm = _microvm(config, incoming=incoming)
+        guest = await start(vm, f"{control}.guest", nursery)
     _check_state(guest, incoming=incoming)
     nursery.start_soon(guest.listen)
     await guest.prepare()

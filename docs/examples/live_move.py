@@ -15,8 +15,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from common.qmp.client import QmpClient
 from support.report import REPORT_ADDRESS, REPORT_SIZE, Report
+
+from common.qmp.client import QmpClient
 
 MEMORY = "512M"
 WRITE_RATE = "200M"  # what the guest writes per second

@@ -187,9 +187,10 @@ def test_a_busy_guest_converges(private_dir: Path) -> None:
         move_precopy(src, dst)
         info = src.query()
         assert info["ram"]["dirty-sync-count"] >= 2
-        assert info["downtime"] < 2 * src.execute("query-migrate-parameters")[
-            "downtime-limit"
-        ]
+        assert (
+            info["downtime"]
+            < 2 * src.execute("query-migrate-parameters")["downtime-limit"]
+        )
         assert_unharmed(dst, before)
 
 
@@ -218,9 +219,7 @@ def test_a_hopeless_precopy_says_so(private_dir: Path) -> None:
 def test_without_tracking_every_page_counts_as_dirty(private_dir: Path) -> None:
     """A kernel or a VMM that cannot tell; postcopy gets the guest away all the same."""
     with (
-        Source(
-            private_dir, "--memory", "128M", "--dirty-tracking", "none"
-        ) as src,
+        Source(private_dir, "--memory", "128M", "--dirty-tracking", "none") as src,
         Destination(private_dir, "--memory", "128M") as dst,
     ):
         before = src.wait_filled()

@@ -152,7 +152,8 @@ class Daemon:
         """Bytes of this process besides guest RAM: private and file pages."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         fields = dict(line.split(":", 1) for line in status.splitlines())
-        return sum(int(fields[name].split()[0]) << 10 for name in ("RssAnon", "RssFile"))
+        kib = (int(fields[name].split()[0]) for name in ("RssAnon", "RssFile"))
+        return sum(kib) << 10
 
 
 class Source(Daemon):
@@ -222,5 +223,3 @@ def assert_unharmed(dst: Destination, before: Report) -> Report:
     for now, then in zip(report.vcpus, before.vcpus, strict=True):
         assert now.counter >= then.counter, "a vCPU's counter went back"
     return report
-
-
