@@ -113,15 +113,18 @@ class SourceCommands:
             raise CommandError(
                 "Can't migrate the vm that was paused due to previous migration"
             )
-        self._migration = OutgoingMigration(
-            self._monitor.guest,
-            self._monitor.settings,
-            self._status,
-            self._emit,
-            self._monitor.set_run_state,
-            track=self._track,
-            preempt_early=self._preempt_early,
-        )
+        try:
+            self._migration = OutgoingMigration(
+                self._monitor.guest,
+                self._monitor.settings,
+                self._status,
+                self._emit,
+                self._monitor.set_run_state,
+                track=self._track,
+                preempt_early=self._preempt_early,
+            )
+        except MigrationError as error:
+            raise CommandError(str(error)) from None
         self._status.set(M.SETUP)
         self._nursery.start_soon(self._migration.run, target)
         return None

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Final
 
@@ -21,20 +20,15 @@ import trio
 
 from common.address import Exec, File
 from common.channel import Channel, connect
-from common.errors import (
-    ChannelLost,
-    GuestError,
-    MigrationError,
-    Refused,
-    StreamError,
-    cause_of,
-)
+from common.errors import ChannelLost, GuestError, MigrationError, cause_of
 from common.guest.base import GuestState
-from common.native._native import lib
 from common.status import MigrationStatus as M
-from common.stream import command, fields, returnpath, section, vmdesc
+from common.stream import command, section
 from common.stream import constants as c
-from common.stream.package import Package, encode_package
+from srcd import sections
+from srcd.account import Sent, Times
+from srcd.convergence import Convergence
+from srcd.peer import Peer
 from srcd.pump import Pump, Tracking
 
 if TYPE_CHECKING:
@@ -50,69 +44,22 @@ log = logging.getLogger(__name__)
 
 # When a channel breaks, how long the peer's own words may take to be read.
 LAST_WORDS_SECONDS: Final = 2.0
-# A pass that leaves nearly as much to send as it found, so often in a row: no
-# hope.
-HOPELESS_PASSES: Final = 3
-HOPELESS_SHARE: Final = 0.9
-PAGE: Final = c.TARGET_PAGE_SIZE
 
 
-class Ending(Enum):
-    """How precopy came to its end."""
+class Owner(Enum):
+    """Whose the guest is; it only ever moves forward."""
 
-    CONVERGED = "what is left fits the downtime limit"
-    POSTCOPY = "postcopy was asked for"
-
-
-@dataclass(slots=True)
-class Times:
-    """Moments of one migration, in seconds of the monotonic clock; 0 is never."""
-
-    begun: float = 0.0
-    active: float = 0.0
-    stopped: float = 0.0
-    handed_over: float = 0.0
-    ended: float = 0.0
-    marks: list[tuple[str, float]] = field(default_factory=list)
-
-    def mark(self, part: str) -> None:
-        """A part of the downtime is over."""
-        self.marks.append((part, time.monotonic()))
-
-    def downtime_parts_ms(self) -> dict[str, float]:
-        """What the downtime was spent on, in order."""
-        parts = {}
-        before = self.stopped
-        for part, moment in self.marks:
-            parts[part] = round((moment - before) * 1000, 3)
-            before = moment
-        return parts
-
-
-@dataclass(slots=True)
-class Sent:
-    """Bytes on all channels at the borders between the phases."""
-
-    precopy: int = 0
-    downtime: int = 0
-
-
-@dataclass(slots=True)
-class Pass:
-    """What is known from the last full pass over the dirty bitmap."""
-
-    number: int = 0
-    dirty_pages_per_second: int = 0
-    bytes_per_second: float = 0.0
-    expected_downtime_ms: int | None = None
-    growing: int = 0
+    SOURCE = "the source: any failure leaves it running here"
+    PACKAGED = "the source still, but its state is on the way: no more cancelling"
+    DESTINATION = "the destination: it never runs here again"
 
 
 class OutgoingMigration:
     """One migration of `guest` to one destination.
 
     `emit` sends a QMP event; `run_state` is told when the guest stops and runs
-    for the migration's reasons. `preempt_early` is for a destination that is QEMU 7.
+    for the migration's reasons. `track` False: do as if writes could not be seen.
+    `preempt_early` is for a destination that is QEMU 7.
     """
 
     def __init__(
@@ -130,59 +77,60 @@ class OutgoingMigration:
         self.settings = settings
         self.status = status
         self.error: MigrationError | None = None
-        self.times = Times(begun=time.monotonic())
+        self.times = Times()
         self.sent = Sent()
-        self._bytes_before = 0  # on channels that are closed
-        self.last_pass = Pass()
-        self.pump: Pump | None = None
-        self.tracking: Tracking | None = None
-        self._track = track
+        self.convergence = Convergence()
+        self.pump = Pump(guest.blocks)
+        self.tracking = Tracking(guest, self.pump.ram, allowed=track)
+        self.peer = Peer()
         self._preempt_early = preempt_early
         self._emit = emit
         self._run_state = run_state
-        self._main: Channel | None = None
+        self._connected: Channel | None = None
         self._preempt: Channel | None = None
-        self._scope = trio.CancelScope()
+        self._sent_before = 0  # on channels that are closed
+        self._return_path = False
+        self._owner = Owner.SOURCE
+        self._was_running = guest.state is GuestState.RUNNING
         self._postcopy_asked = False
         self._cancel_asked = False
-        self._was_running = guest.state is GuestState.RUNNING
-        self._return_path = False
-        self._given_up = False  # the guest is the destination's
-        self._packaged = False
-        self.peer_is_dstd = False
-        self._pongs: set[int] = set()
-        self._news = trio.Condition()
-        self._shut = False
-        self._reason = ""
-        self._listening = trio.Event()  # set when the return path has ended
+        self._scope = trio.CancelScope()
+
+    @property
+    def _main(self) -> Channel:
+        assert self._connected is not None
+        return self._connected
 
     # -- orders from outside
 
     def start_postcopy(self) -> None:
-        """Switch to postcopy as soon as the stream is active."""
-        self._postcopy_asked = True
-        if self.pump:
-            self.pump.cut_short(True)
+        """Switch to postcopy as soon as the stream is active; later it is too late."""
+        if not self.times.stopped:
+            self._postcopy_asked = True
+            self.pump.cut_short(self._wants_postcopy)
+
+    @property
+    def _wants_postcopy(self) -> bool:
+        return self._postcopy_asked and self._advises
 
     @property
     def cancellable(self) -> bool:
         """Until the destination may have got the guest."""
-        return not self._packaged and not self._given_up
+        return self._owner is Owner.SOURCE
 
     def cancel(self) -> None:
         """End it; the guest goes on here. Only while `cancellable`."""
         self._cancel_asked = True
         self._scope.cancel()
-        for channel in (self._main, self._preempt):
+        for channel in (self._connected, self._preempt):
             if channel:
                 channel.shutdown()
 
     def apply_limits(self) -> None:
         """Bandwidth parameters have changed."""
-        if self.pump:
-            postcopy = self._packaged
-            name = "max-postcopy-bandwidth" if postcopy else "max-bandwidth"
-            self.pump.limit(self.settings.number(name))
+        precopy = self._owner is Owner.SOURCE
+        name = "max-bandwidth" if precopy else "max-postcopy-bandwidth"
+        self.pump.limit(self.settings.number(name))
 
     # -- the whole
 
@@ -203,70 +151,48 @@ class OutgoingMigration:
             self._release()
 
     async def _migrate(self, address: Address) -> None:
-        self._main = await connect(address, "main")
+        self._connected = await connect(address, "main")
         self._return_path = not isinstance(address, File | Exec)
         if self._preempt_early:
             # QEMU 7 reads nothing from main before it has both, and tells them
             # apart by their order.
             await self._connect_preempt(address)
-        self.pump = Pump(self.guest.blocks)
-        self.tracking = self._choose_tracking(self.pump)
+        self.pump.connect(self._main, None)
         self.apply_limits()
         async with trio.open_nursery() as nursery:
             if self._return_path:
-                nursery.start_soon(self._read_return_path)
-            else:
-                self._listening.set()
-            self.pump.connect(self._main, None)
+                nursery.start_soon(self.peer.listen, self.pump)
             try:
-                await self._phases(address, nursery)
+                await self._phases(address)
             except BaseException as error:
                 # The peer may have said why before it closed; that tells more.
-                if isinstance(cause_of(error), ChannelLost):
+                if self._return_path and isinstance(cause_of(error), ChannelLost):
                     with trio.move_on_after(LAST_WORDS_SECONDS):
-                        await self._listening.wait()
+                        await self.peer.silent.wait()
                 raise
         self._run_state("postmigrate")
         self._end(M.COMPLETED)
 
-    async def _phases(self, address: Address, nursery: trio.Nursery) -> None:
+    async def _phases(self, address: Address) -> None:
         await self._set_up()
-        ending = await self._precopy()
-        if ending is Ending.POSTCOPY:
-            await self._postcopy(address, nursery)
-        else:
+        if await self._precopy():
             await self._complete_precopy()
+        else:
+            await self._postcopy(address)
 
     # -- set-up
 
     async def _set_up(self) -> None:
         """Everything that the destination can refuse before the guest stops."""
-        assert self._main is not None
-        assert self.pump is not None
-        assert self.tracking is not None
-        head = [
-            section.FILE_HEADER,
-            section.encode_configuration(
-                section.Configuration(machine=self.guest.machine)
-            ),
-        ]
+        opening = sections.opening(
+            self.guest,
+            return_path=self._return_path,
+            postcopy=self._advises,
+            preempt=self.settings.on("postcopy-preempt"),
+        )
+        await self._main.write(opening)
         if self._return_path:
-            head += [
-                command.encode(command.OpenReturnPath()),
-                command.encode(command.Ping(c.PING_FIRST)),
-                command.encode(command.Ping(c.PING_HELLO)),
-            ]
-        if self._advises:
-            sizes = 0
-            for block in self.guest.blocks:
-                sizes |= block.page_size
-            head.append(command.encode(command.Advise(sizes, PAGE)))
-            if self.settings.on("postcopy-preempt"):
-                head.append(command.encode(command.Ping(c.PING_PREEMPT)))
-        head.append(section.encode_section(section.RAM_START, self._block_list()))
-        await self._main.write(b"".join(head))
-        if self._return_path:
-            await self._taken()
+            await self.peer.caught_up(self._main)
         self.tracking.start()
         self.times.active = time.monotonic()
         self._next_pass()
@@ -276,104 +202,40 @@ class OutgoingMigration:
     def _advises(self) -> bool:
         return self._return_path and self.settings.on("postcopy-ram")
 
-    def _block_list(self) -> bytes:
-        return section.encode_ram_setup(
-            [
-                section.BlockEntry(
-                    idstr=block.idstr,
-                    length=block.length,
-                    page_size=section.listed_page_size(block.page_size)
-                    if self._advises
-                    else None,
-                )
-                for block in self.guest.blocks
-            ]
-        )
-
-    def _choose_tracking(self, pump: Pump) -> Tracking:
-        guest = self.guest
-        way = lib.DIRTY_UNKNOWN
-        if not guest.vcpus and guest.userfaultfd is None and not guest.no_userfaultfd:
-            way = lib.DIRTY_NEVER
-        elif self._can_track:
-            way = lib.DIRTY_WP_ASYNC
-        tracking = Tracking(
-            pump.ram,
-            way=way,
-            uffd=-1 if guest.userfaultfd is None else guest.userfaultfd,
-            pagemap=-1 if guest.pagemap is None else guest.pagemap,
-        )
-        log.info("dirty tracking: %s", tracking.how)
-        return tracking
-
-    @property
-    def _can_track(self) -> bool:
-        able = self.guest.abilities & lib.UFFD_CAN_WP_ASYNC
-        return bool(self._track and able and self.guest.pagemap is not None)
-
     # -- precopy
 
-    async def _precopy(self) -> Ending:
-        """Passes over the dirty bitmap until the rest is small, or orders come."""
-        assert self.pump is not None
-        while True:
-            found = self.pump.dirty_bytes()
+    async def _precopy(self) -> bool:
+        """Passes over the dirty bitmap. True: the rest is small; False: postcopy."""
+        while not self._wants_postcopy:
+            found, before = self.pump.dirty_bytes(), self.bytes_sent
             begun = time.monotonic()
-            before = self.bytes_sent
-            finished = self._postcopy_ready or await self.pump.precopy_pass()
-            if self._postcopy_ready:
-                return Ending.POSTCOPY
-            if not finished:
-                await trio.lowlevel.checkpoint()
+            if not await self.pump.precopy_pass():
                 continue
-            seconds = max(time.monotonic() - begun, 1e-6)
-            self._measure(found, self.bytes_sent - before, seconds)
-            if self._fits():
-                return Ending.CONVERGED
+            written = self.tracking.sync()
+            self.convergence.measure(
+                found=found,
+                sent=self.bytes_sent - before,
+                left=self.pump.dirty_bytes(),
+                written_pages=written,
+                seconds=time.monotonic() - begun,
+                assumed_bandwidth=self.settings.number("avail-switchover-bandwidth"),
+            )
+            if self.convergence.fits(self.settings.number("downtime-limit")):
+                return True
             self._next_pass()
-            await trio.lowlevel.checkpoint()
-
-    @property
-    def _postcopy_ready(self) -> bool:
-        return self._postcopy_asked and self._advises
+        return False
 
     def _next_pass(self) -> None:
-        self.last_pass.number += 1
-        self._emit("MIGRATION_PASS", {"pass": self.last_pass.number})
-
-    def _measure(self, found: int, sent: int, seconds: float) -> None:
-        """After a pass: what is dirty now, and how long would sending it take?"""
-        assert self.pump is not None
-        assert self.tracking is not None
-        pages = self.tracking.sync()
-        assumed = self.settings.number("avail-switchover-bandwidth")
-        rate = float(assumed) if assumed else max(sent, 1) / seconds
-        left = self.pump.dirty_bytes()
-        self.last_pass.dirty_pages_per_second = int(pages / seconds)
-        self.last_pass.bytes_per_second = rate
-        self.last_pass.expected_downtime_ms = int(1000 * left / rate)
-        growing = self.last_pass.growing
-        stuck = left > HOPELESS_SHARE * found
-        self.last_pass.growing = growing + 1 if stuck else 0
-
-    def _fits(self) -> bool:
-        expected = self.last_pass.expected_downtime_ms
-        return expected is not None and expected <= self.settings.number(
-            "downtime-limit"
-        )
-
-    @property
-    def converging(self) -> bool:
-        """False once several passes left about as much to send as they found."""
-        return self.last_pass.growing < HOPELESS_PASSES
+        self.convergence.passes += 1
+        self._emit("MIGRATION_PASS", {"pass": self.convergence.passes})
 
     # -- switchover
 
     async def _stop_guest(self) -> None:
-        assert self.pump is not None
-        assert self.tracking is not None
+        """From here on nothing writes to its RAM; what it wrote last is dirty."""
         self.sent.precopy = self.bytes_sent
         self.times.stopped = time.monotonic()
+        self.pump.cut_short(False)
         if self._was_running:
             await self.guest.stop()
         self._run_state("finish-migrate")
@@ -383,67 +245,35 @@ class OutgoingMigration:
         self.times.mark("stop")
         self.tracking.sync()
         self.times.mark("sync")
-        self.last_pass.number += 1
-        self._emit("MIGRATION_PASS", {"pass": self.last_pass.number})
+        self._next_pass()
 
-    async def _device_sections(self) -> tuple[bytes, tuple[vmdesc.Device, ...]]:
-        """The FULL sections, and what the description says about them."""
-        sections: list[bytes] = []
-        described: list[vmdesc.Device] = []
-        if (device := self.guest.device) is not None:
-            state = await self.guest.save()
-            sections.append(
-                section.encode_section(
-                    section.Full(
-                        section_id=c.DEVICE_SECTION_ID,
-                        name=device.name,
-                        instance=0,
-                        version=device.version,
-                    ),
-                    section.encode_device_state(state),
-                )
-            )
-            described.append(
-                vmdesc.device_state(device.name, device.version, len(state))
-            )
+    async def _save(self) -> sections.DeviceState:
         run_state = "running" if self._was_running else "paused"
-        sections.append(
-            section.encode_section(
-                section.Full(
-                    section_id=c.GLOBALSTATE_SECTION_ID,
-                    name=c.GLOBALSTATE_SECTION,
-                    instance=0,
-                    version=c.GLOBALSTATE_SECTION_VERSION,
-                ),
-                section.encode_globalstate(section.GlobalState(run_state)),
-            )
-        )
-        described.append(vmdesc.GLOBALSTATE)
-        return b"".join(sections), tuple(described)
+        state = await sections.save_device_state(self.guest, run_state)
+        self.times.mark("save")
+        return state
 
     async def _complete_precopy(self) -> None:
-        assert self.pump is not None
-        assert self._main is not None
         await self._stop_guest()
         self.pump.limit(0)
         await self.pump.precopy_pass()
         self.times.mark("pages")
-        sections, described = await self._device_sections()
-        end = section.encode_section(
-            section.End(section_id=c.RAM_SECTION_ID), fields.be64(c.RAM_SAVE_FLAG_EOS)
-        )
-        description = vmdesc.encode(vmdesc.describe(described))
-        self.times.mark("save")
-        await self._main.write(end + sections + section.EOF + description)
+        state = await self._save()
+        await self._main.write(state.ending())
         self.times.mark("send")
-        if self._return_path:
-            if self.peer_is_dstd:
-                await self._pong(c.PING_LOADED)
-                await self._commit()
-            await self._shut_down()
-        else:
+        if not self._return_path:
             await self._main.finish()
+        else:
+            if self.peer.is_dstd:
+                await self.peer.pong(c.PING_LOADED)
+                self._owner = Owner.DESTINATION
+                await self._commit()
+            await self.peer.shut_down()
         self._handed_over()
+
+    async def _commit(self) -> None:
+        """The guest is given up for good: dstd runs it only when it has read this."""
+        await self._main.write(command.encode(command.Ping(c.PING_COMMIT)))
 
     def _handed_over(self) -> None:
         """The destination has the guest: the end of the downtime."""
@@ -452,36 +282,26 @@ class OutgoingMigration:
         self.sent.downtime = self.bytes_sent - self.sent.precopy
         log.info("downtime parts in ms: %s", self.times.downtime_parts_ms())
 
-    async def _commit(self) -> None:
-        """Give the guest up for good; dstd runs it only when it has read this."""
-        assert self._main is not None
-        self._given_up = True
-        await self._main.write(command.encode(command.Ping(c.PING_COMMIT)))
-
     # -- postcopy
 
-    async def _postcopy(self, address: Address, nursery: trio.Nursery) -> None:
-        assert self.pump is not None
-        assert self._main is not None
+    async def _postcopy(self, address: Address) -> None:
         if not self._preempt_early:
             # Not before a PONG: else the destination may take it for main.
             await self._connect_preempt(address)
             await self._check_preempt()
-        self.pump.cut_short(False)
         await self._stop_guest()
         await self._send_package()
-        async with trio.open_nursery() as pumping:
-            pumping.start_soon(self._pump_pages)
-            await self._pong(c.PING_LOADED)
-            if self.peer_is_dstd:
-                await self._commit()
-            self._given_up = True
-            self._handed_over()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.pump.postcopy)
+            await self.peer.pong(c.PING_LOADED)
+            self._owner = Owner.DESTINATION
             self.status.set(M.POSTCOPY_ACTIVE)
+            if self.peer.is_dstd:
+                await self._commit()
+            self._handed_over()
         await self._end_postcopy()
 
     async def _connect_preempt(self, address: Address) -> None:
-        assert self._main is not None
         if self.settings.on("postcopy-preempt"):
             self._preempt = await connect(address, "preempt", self._main.stop)
 
@@ -489,7 +309,7 @@ class OutgoingMigration:
         """A destination that has the capability off has closed it by now."""
         if self._preempt is None:
             return
-        await self._taken()
+        await self.peer.caught_up(self._main)
         if self._preempt.hung_up():
             raise ChannelLost(
                 "the destination has closed the preempt channel; switch"
@@ -498,99 +318,32 @@ class OutgoingMigration:
             )
 
     async def _send_package(self) -> None:
-        assert self.pump is not None
-        assert self._main is not None
         self.pump.connect(self._main, self._preempt)
         self.pump.owe_dirty()
         await self.pump.discards()
         self.times.mark("discard")
-        sections, _ = await self._device_sections()
-        self.times.mark("save")
-        package = encode_package(Package(sections=sections))
-        self._packaged = True
+        state = await self._save()
+        self._owner = Owner.PACKAGED
         self.apply_limits()
-        await self._main.write(
-            command.encode(command.Ping(c.PING_DISCARDED))
-            + command.encode(command.Packaged(len(package)))
-            + package
-            + command.encode(command.Ping(c.PING_LISTENING))
-        )
+        await self._main.write(state.package())
         self.times.mark("send")
 
-    async def _pump_pages(self) -> None:
-        assert self.pump is not None
-        await self.pump.postcopy()
-
     async def _end_postcopy(self) -> None:
-        assert self.pump is not None
-        assert self._main is not None
         self.pump.will_end()
-        eos = fields.be64(c.RAM_SAVE_FLAG_EOS)
-        end = section.encode_section(section.End(section_id=c.RAM_SECTION_ID), eos)
-        await self._main.write(end + section.EOF)
+        await self._main.write(sections.RAM_END + section.EOF)
         if self._preempt and self._preempt_early:
-            await self._preempt.write(eos)  # QEMU 7 waits for it
-        await self._shut_down()
-
-    # -- the return path
-
-    async def _read_return_path(self) -> None:
-        """Page requests are answered in C; this sees everything else."""
-        assert self.pump is not None
-        try:
-            while not self._shut:
-                message = await self.pump.message()
-                if message is None:
-                    return
-                await self._take(_decode_untrusted(*message))
-        finally:
-            self._listening.set()
-
-    async def _take(self, message: returnpath.Message) -> None:
-        async with self._news:
-            match message:
-                case returnpath.Pong(c.PONG_HELLO_ACK):
-                    self.peer_is_dstd = True
-                case returnpath.Pong(value):
-                    self._pongs.add(value)
-                case returnpath.Failure(text):
-                    self._reason = text
-                case returnpath.Shut(0):
-                    self._shut = True
-                case returnpath.Shut():
-                    raise Refused(self._reason)
-                case returnpath.SwitchoverAck():
-                    pass
-                case _:
-                    raise StreamError("unexpected return path message", got=message)
-            self._news.notify_all()
-
-    async def _pong(self, value: int) -> None:
-        async with self._news:
-            while value not in self._pongs:
-                await self._news.wait()
-
-    async def _taken(self) -> None:
-        """Wait until the destination has taken all that was sent so far."""
-        assert self._main is not None
-        self._pongs.discard(c.PING_SETUP)
-        await self._main.write(command.encode(command.Ping(c.PING_SETUP)))
-        await self._pong(c.PING_SETUP)
-
-    async def _shut_down(self) -> None:
-        async with self._news:
-            while not self._shut:
-                await self._news.wait()
+            await self._preempt.write(sections.EOS)  # QEMU 7 waits for it
+        await self.peer.shut_down()
 
     # -- the ends
 
     async def _failed(self, error: MigrationError) -> None:
         log.warning("migration failed: %s", error)
         self.error = error
-        if self._packaged and self._given_up:
+        if self.status.now is M.POSTCOPY_ACTIVE:
             self.status.set(M.POSTCOPY_PAUSED)
             return
-        if self._given_up:
+        if self._owner is Owner.DESTINATION:
             self.error = ChannelLost(
                 f"{error}; the destination was told to run the guest: see whether it"
                 " does before you continue it here"
@@ -626,24 +379,19 @@ class OutgoingMigration:
 
     def _release(self) -> None:
         """All loops have ended; a paused postcopy keeps its bitmaps."""
-        if self.tracking and self.status.now is not M.POSTCOPY_PAUSED:
-            self.tracking.stop()
-        for channel in (self._preempt, self._main):
+        for channel in (self._preempt, self._connected):
             if channel:
-                self._bytes_before += channel.sent
+                self._sent_before += channel.sent
                 channel.close()
-        self._preempt = self._main = None
+        self._preempt = self._connected = None
+        if self.status.now is not M.POSTCOPY_PAUSED:
+            self.tracking.stop()
+            self.pump.close()
 
     # -- figures
 
     @property
     def bytes_sent(self) -> int:
         """On all channels; stays known when they are closed."""
-        open_now = (ch for ch in (self._main, self._preempt) if ch)
-        return self._bytes_before + sum(channel.sent for channel in open_now)
-
-
-def _decode_untrusted(kind: int, payload: bytes) -> returnpath.Message:
-    """The codec reads from the wire's first byte on; the C loop took the head."""
-    head = fields.be16(kind) + fields.be16(len(payload))
-    return returnpath.read_untrusted(fields.over(head + payload))
+        open_now = (ch for ch in (self._connected, self._preempt) if ch)
+        return self._sent_before + sum(channel.sent for channel in open_now)

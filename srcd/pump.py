@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Final
 
 from common.native._native import ffi, lib
@@ -13,8 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from common.channel import Channel
-    from common.guest.base import RamBlock
+    from common.guest.base import Guest, RamBlock
     from common.native import CData
+
+log = logging.getLogger(__name__)
 
 PAGE: Final = c.TARGET_PAGE_SIZE
 
@@ -30,20 +33,19 @@ class Pump:
         self._native = ffi.new("struct source *")
         check(lib.ram_prepare_source(self._ram.native))
         check(lib.source_open(self._native, self._ram.native, c.RAM_SECTION_ID))
+        self.total = int(self._ram.native.total)
+        """Bytes of RAM."""
         self._main: Channel | None = None
         self._keep: tuple[CData, ...] = ()
+        self._closed = False
 
     @property
     def ram(self) -> Ram:
         return self._ram
 
     @property
-    def total(self) -> int:
-        """Bytes of RAM."""
-        return int(self._ram.native.total)
-
-    @property
     def stats(self) -> CData:
+        """Counters; they stay when the pump is closed."""
         return self._native.stats
 
     def connect(self, main: Channel, preempt: Channel | None) -> None:
@@ -62,9 +64,11 @@ class Pump:
         lib.source_yield(self._native, yes)
 
     def dirty_bytes(self) -> int:
+        """Still to send in precopy; 0 once closed."""
         return int(lib.source_dirty_pages(self._native)) * PAGE
 
     def owed_bytes(self) -> int:
+        """Still to send in postcopy; 0 once closed."""
         return int(lib.source_owed_pages(self._native)) * PAGE
 
     def owe_dirty(self) -> None:
@@ -102,21 +106,24 @@ class Pump:
         return await run_loop(lambda: loop(self._native), self._main.stop)
 
     def close(self) -> None:
-        """No loop may run any more."""
-        lib.source_close(self._native)
-        self._ram.close()
+        """Give bitmaps and mappings back; no loop may run any more."""
+        if not self._closed:
+            self._closed = True
+            lib.source_close(self._native)
+            self._ram.close()
 
 
 class Tracking:
     """Dirty tracking of one migration; `how` names the way, for log and query."""
 
-    def __init__(self, ram: Ram, *, way: int, uffd: int, pagemap: int) -> None:
+    def __init__(self, guest: Guest, ram: Ram, *, allowed: bool = True) -> None:
         self._native = ffi.new("struct dirty *")
         self._native.ram = ram.native
-        self._native.way = way
-        self._native.uffd = uffd
-        self._native.pagemap = pagemap
+        self._native.way = _choose_way(guest, allowed=allowed)
+        self._native.uffd = -1 if guest.userfaultfd is None else guest.userfaultfd
+        self._native.pagemap = -1 if guest.pagemap is None else guest.pagemap
         self._pages = ffi.new("uint64_t *")
+        log.info("dirty tracking: %s", self.how)
 
     @property
     def how(self) -> str:
@@ -136,6 +143,16 @@ class Tracking:
 
     def stop(self) -> None:
         check(lib.dirty_stop(self._native))
+
+
+def _choose_way(guest: Guest, *, allowed: bool) -> int:
+    """What this kernel and this guest's process make possible."""
+    if not guest.vcpus and guest.userfaultfd is None and not guest.no_userfaultfd:
+        return int(lib.DIRTY_NEVER)
+    able = guest.abilities & lib.UFFD_CAN_WP_ASYNC
+    if allowed and able and guest.pagemap is not None:
+        return int(lib.DIRTY_WP_ASYNC)
+    return int(lib.DIRTY_UNKNOWN)
 
 
 _WAYS: Final = {

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from common.native import CData
     from common.qmp.message import Json
     from srcd.outgoing import OutgoingMigration
-    from srcd.pump import Pump
 
 _PRECOPY: Final = frozenset({M.ACTIVE, M.PRE_SWITCHOVER, M.DEVICE, M.CANCELLING})
 _SHOWN: Final = _PRECOPY | {
@@ -32,10 +31,10 @@ def migration_info(migration: OutgoingMigration, now: float) -> Mapping[str, Jso
     info: dict[str, Json] = {"status": status}
     if migration.error:
         info["error-desc"] = str(migration.error)
-    if status in _SHOWN and migration.pump and migration.times.active:
+    if status in _SHOWN and migration.times.active:
         info |= _times(migration, now)
-        info["ram"] = _ram(migration, migration.pump, now)
-        info["x-postcopyd"] = _ours(migration, migration.pump)
+        info["ram"] = _ram(migration, now)
+        info["x-postcopyd"] = _ours(migration)
     return info
 
 
@@ -47,7 +46,7 @@ def _times(migration: OutgoingMigration, now: float) -> Mapping[str, Json]:
         "setup-time": _ms(times.begun, times.active),
     }
     if migration.status.now in _PRECOPY:
-        expected = migration.last_pass.expected_downtime_ms
+        expected = migration.convergence.expected_downtime_ms
         limit = migration.settings.number("downtime-limit")
         info["expected-downtime"] = limit if expected is None else expected
     else:
@@ -55,7 +54,8 @@ def _times(migration: OutgoingMigration, now: float) -> Mapping[str, Json]:
     return info
 
 
-def _ram(migration: OutgoingMigration, pump: Pump, now: float) -> Mapping[str, Json]:
+def _ram(migration: OutgoingMigration, now: float) -> Mapping[str, Json]:
+    pump = migration.pump
     completed = migration.status.now is M.COMPLETED
     stats = pump.stats
     sent = migration.bytes_sent
@@ -73,9 +73,9 @@ def _ram(migration: OutgoingMigration, pump: Pump, now: float) -> Mapping[str, J
         "normal-bytes": int(stats.normal_pages) * TARGET_PAGE_SIZE,
         "page-size": TARGET_PAGE_SIZE,
         "dirty-pages-rate": (
-            0 if completed else migration.last_pass.dirty_pages_per_second
+            0 if completed else migration.convergence.dirty_pages_per_second
         ),
-        "dirty-sync-count": migration.last_pass.number,
+        "dirty-sync-count": migration.convergence.passes,
         "mbps": sent * 8 / seconds / 1e6,
         "pages-per-second": int(pages / seconds),
         "postcopy-requests": int(stats.requests),
@@ -87,9 +87,9 @@ def _ram(migration: OutgoingMigration, pump: Pump, now: float) -> Mapping[str, J
     }
 
 
-def _ours(migration: OutgoingMigration, pump: Pump) -> Mapping[str, Json]:
+def _ours(migration: OutgoingMigration) -> Mapping[str, Json]:
     """Figures that QEMU has no name for; experimental."""
-    stats = pump.stats
+    stats = migration.pump.stats
     info: dict[str, Json] = {
         "background-pages": int(stats.background_pages),
         "urgent-pages": int(stats.urgent_pages),
@@ -100,12 +100,11 @@ def _ours(migration: OutgoingMigration, pump: Pump) -> Mapping[str, Json]:
         "serve-time": _percentiles(ffi.addressof(stats, "serve")),
         "time-before-postcopy": _ms(migration.times.begun, migration.times.handed_over),
         "downtime-parts": migration.times.downtime_parts_ms(),
-        "converging": migration.converging,
-        "peer-is-dstd": migration.peer_is_dstd,
+        "converging": migration.convergence.hopeful,
+        "dirty-tracking": migration.tracking.how,
+        "peer-is-dstd": migration.peer.is_dstd,
     }
-    if migration.tracking:
-        info["dirty-tracking"] = migration.tracking.how
-    if not migration.converging:
+    if not migration.convergence.hopeful:
         info["advice"] = (
             "the guest dirties memory faster than max-bandwidth carries it away:"
             " raise max-bandwidth or downtime-limit, or start postcopy"

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.userfaultfd]
 
 MIB = 1 << 20
-KVM = pytest.mark.kvm
+# Slow enough that the guest meets pages that are not there yet.
+SLOW = 200 * MIB
 
 
 def test_precopy(private_dir: Path) -> None:
@@ -70,6 +71,7 @@ def test_postcopy(private_dir: Path, variant: str) -> None:
     ):
         before = src.wait_filled()
         prepare(src, dst, *capabilities)
+        src.set_parameters(max_postcopy_bandwidth=SLOW)
         move_postcopy(src, dst, after_bytes=random.Random(variant).randrange(40 * MIB))
         assert src.statuses == [
             "setup",
@@ -123,7 +125,7 @@ def test_huge_pages(
     ):
         before = src.wait_filled()
         prepare(src, dst, *capabilities)
-        src.set_parameters(max_bandwidth=0)
+        src.set_parameters(max_bandwidth=0, max_postcopy_bandwidth=SLOW)
         if capabilities:
             move_postcopy(src, dst)
             assert dst.ours["requests"] > 0

@@ -1,0 +1,88 @@
+"""The destination, as its return path shows it.
+
+Page requests are answered in C and never come here. The rest are milestones
+that the migration waits for, and the peer's reasons when it refuses.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from common.errors import Refused, StreamError
+from common.stream import command, fields, returnpath
+from common.stream import constants as c
+
+if TYPE_CHECKING:
+    from common.channel import Channel
+    from srcd.pump import Pump
+
+
+class Peer:
+    """What the destination has said so far.
+
+    `silent` is set when nothing more will be read from it.
+    """
+
+    def __init__(self) -> None:
+        self.is_dstd = False
+        self.silent = trio.Event()
+        self._pongs: set[int] = set()
+        self._shut = False
+        self._reason = ""
+        self._news = trio.Condition()
+
+    async def listen(self, pump: Pump) -> None:
+        """Read the return path until SHUT 0; Refused if it refuses."""
+        try:
+            while not self._shut:
+                message = await pump.message()
+                if message is None:
+                    return
+                await self._take(_decode_untrusted(*message))
+        finally:
+            self.silent.set()
+
+    async def _take(self, message: returnpath.Message) -> None:
+        async with self._news:
+            match message:
+                case returnpath.Pong(c.PONG_HELLO_ACK):
+                    self.is_dstd = True
+                case returnpath.Pong(value):
+                    self._pongs.add(value)
+                case returnpath.Failure(text):
+                    self._reason = text
+                case returnpath.Shut(0):
+                    self._shut = True
+                case returnpath.Shut():
+                    raise Refused(self._reason)
+                case returnpath.SwitchoverAck():
+                    pass
+                case _:
+                    raise StreamError("unexpected return path message", got=message)
+            self._news.notify_all()
+
+    async def pong(self, value: int) -> None:
+        """Wait for the answer to a PING."""
+        async with self._news:
+            while value not in self._pongs:
+                await self._news.wait()
+
+    async def caught_up(self, main: Channel) -> None:
+        """Wait until it has taken all that was sent on `main` so far."""
+        self._pongs.discard(c.PING_SETUP)
+        await main.write(command.encode(command.Ping(c.PING_SETUP)))
+        await self.pong(c.PING_SETUP)
+
+    async def shut_down(self) -> None:
+        """Wait for its last word, that all went well."""
+        async with self._news:
+            while not self._shut:
+                await self._news.wait()
+
+
+def _decode_untrusted(kind: int, payload: bytes) -> returnpath.Message:
+    """The codec reads from the wire's first byte on; the C loop took the head."""
+    head = fields.be16(kind) + fields.be16(len(payload))
+    return returnpath.read_untrusted(fields.over(head + payload))

@@ -1,0 +1,113 @@
+"""What the source writes besides pages: opening, block list, device state, ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Final
+
+from common.stream import command, fields, section, vmdesc
+from common.stream import constants as c
+from common.stream.package import Package, encode_package
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from common.guest.base import Guest, RamBlock
+
+EOS: Final = fields.be64(c.RAM_SAVE_FLAG_EOS)
+RAM_END: Final = section.encode_section(section.End(section_id=c.RAM_SECTION_ID), EOS)
+
+
+def opening(guest: Guest, *, return_path: bool, postcopy: bool, preempt: bool) -> bytes:
+    """From the file header to RAM's START: all that a destination may refuse."""
+    parts = [
+        section.FILE_HEADER,
+        section.encode_configuration(section.Configuration(machine=guest.machine)),
+    ]
+    commands: list[command.Command] = []
+    if return_path:
+        commands += [
+            command.OpenReturnPath(),
+            command.Ping(c.PING_FIRST),
+            command.Ping(c.PING_HELLO),
+        ]
+    if postcopy:
+        sizes = reduce(or_, (block.page_size for block in guest.blocks))
+        commands.append(command.Advise(sizes, c.TARGET_PAGE_SIZE))
+    if postcopy and preempt:
+        commands.append(command.Ping(c.PING_PREEMPT))
+    parts += map(command.encode, commands)
+    parts.append(
+        section.encode_section(
+            section.RAM_START, _block_list(guest.blocks, advised=postcopy)
+        )
+    )
+    return b"".join(parts)
+
+
+def _block_list(blocks: Sequence[RamBlock], *, advised: bool) -> bytes:
+    return section.encode_ram_setup(
+        [
+            section.BlockEntry(
+                idstr=block.idstr,
+                length=block.length,
+                page_size=(
+                    section.listed_page_size(block.page_size) if advised else None
+                ),
+            )
+            for block in blocks
+        ]
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceState:
+    """The FULL sections of a stopped guest, and what a description says of them."""
+
+    sections: bytes
+    described: tuple[vmdesc.Device, ...]
+
+    def ending(self) -> bytes:
+        """The end of a precopy stream: RAM's END, these, EOF, description."""
+        description = vmdesc.encode(vmdesc.describe(self.described))
+        return RAM_END + self.sections + section.EOF + description
+
+    def package(self) -> bytes:
+        """The switch to postcopy, from the discards to the pages."""
+        package = encode_package(Package(sections=self.sections))
+        return b"".join(
+            (
+                command.encode(command.Ping(c.PING_DISCARDED)),
+                command.encode(command.Packaged(len(package))),
+                package,
+                command.encode(command.Ping(c.PING_LISTENING)),
+            )
+        )
+
+
+async def save_device_state(guest: Guest, run_state: str) -> DeviceState:
+    """Ask the stopped guest for its state; `run_state` is what it was before."""
+    sections = b""
+    described: tuple[vmdesc.Device, ...] = ()
+    if (device := guest.device) is not None:
+        state = await guest.save()
+        header = section.Full(
+            section_id=c.DEVICE_SECTION_ID,
+            name=device.name,
+            instance=0,
+            version=device.version,
+        )
+        body = section.encode_device_state(state)
+        sections += section.encode_section(header, body)
+        described += (vmdesc.device_state(device.name, device.version, len(state)),)
+    header = section.Full(
+        section_id=c.GLOBALSTATE_SECTION_ID,
+        name=c.GLOBALSTATE_SECTION,
+        instance=0,
+        version=c.GLOBALSTATE_SECTION_VERSION,
+    )
+    body = section.encode_globalstate(section.GlobalState(run_state))
+    sections += section.encode_section(header, body)
+    return DeviceState(sections, (*described, vmdesc.GLOBALSTATE))

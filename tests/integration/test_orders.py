@@ -1,0 +1,32 @@
+"""Orders that come at the worst moment."""
+
+from __future__ import annotations
+
+import pytest
+from support.inprocess import pair
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize("moment", ["STOP", "MIGRATION_PASS"])
+async def test_postcopy_asked_for_while_precopy_completes(moment: str) -> None:
+    """Too late is not too little: the last pass must not be cut short."""
+    with pair(16 * MIB, "postcopy-ram") as both:
+
+        def order(name: str) -> None:
+            if name == moment and both.outgoing.times.stopped:
+                both.outgoing.start_postcopy()
+
+        both.on_event = order
+        await both.move()
+        assert moment in both.events
+        assert both.outgoing.pump.stats.background_pages == 0, "postcopy began"
+        both.assert_equal()
+
+
+async def test_postcopy_asked_for_before_anything() -> None:
+    with pair(16 * MIB, "postcopy-ram") as both:
+        both.outgoing.start_postcopy()
+        await both.move()
+        assert both.outgoing.pump.stats.background_pages == 16 * MIB // 4096
+        both.assert_equal()
