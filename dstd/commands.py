@@ -65,7 +65,7 @@ class DestinationCommands:
     def _postcopy_problem(self) -> str | None:
         migration = self._migration or self._new_migration()
         try:
-            return migration.postcopy_problem()
+            return migration.admission.postcopy_problem()
         finally:
             if migration is not self._migration:
                 migration.memory.close()

@@ -53,7 +53,8 @@ class Memory:
                 self._native, self._ram.native, way, uffd, vcpus, len(guest.vcpus)
             )
         )
-        self.stop = Stop()
+        self._stop = Stop()
+        self._sweep_stop = Stop()
         self.way = way
         self._channel: CData = None
 
@@ -101,11 +102,16 @@ class Memory:
     async def faults(self) -> None:
         """Answer the guest's faults until cancelled."""
         if self.way != lib.PLACE_FILE:
-            await run_loop(lambda: lib.fault_run(self._native, self.stop.fd), self.stop)
+            await run_loop(
+                lambda: lib.fault_run(self._native, self._stop.fd), self._stop
+            )
 
     async def sweep(self) -> None:
         """Map what came in precopy, so that the guest does not fault on it."""
-        await run_loop(lambda: lib.place_sweep(self._native, self.stop.fd), self.stop)
+        await run_loop(
+            lambda: lib.place_sweep(self._native, self._sweep_stop.fd),
+            self._sweep_stop,
+        )
 
     async def complete(self) -> None:
         """Wait until nothing is missing."""
@@ -164,7 +170,8 @@ class Memory:
         """No loop may run any more."""
         lib.destination_close(self._native)
         self._ram.close()
-        self.stop.close()
+        self._stop.close()
+        self._sweep_stop.close()
 
 
 def _mean(total: int, count: int) -> int:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -28,15 +27,16 @@ from common.errors import (
     StreamError,
     cause_of,
 )
-from common.guest.base import Device
 from common.status import MigrationStatus as M
 from common.status import PostcopyState as P
 from common.stream import command, fields, returnpath, section, vmdesc
 from common.stream import constants as c
 from common.stream.package import Package, split_package_untrusted
+from dstd.admission import Admission
+from dstd.devices import Devices
 from dstd.ending import receive_ending_untrusted
 from dstd.fault import Loader, Memory, choose_way
-from dstd.host import memory_problem
+from dstd.peer import Peer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -55,13 +55,22 @@ PREEMPT_SECONDS: Final = 10.0
 LAST_PAGES_SECONDS: Final = 30.0
 
 
-@dataclass(slots=True)
-class DeviceState:
-    """What the sections said besides RAM; `running` is the source's run state."""
+class Connection:
+    """The channels of one source, and what reads from them."""
 
-    device: Device | None = None
-    state: bytes = b""
-    running: bool = True
+    def __init__(self, main: Channel, memory: Memory) -> None:
+        self.main = main
+        self.loader = Loader(memory, main, preempt=False)
+        self.peer = Peer(main)
+        self.preempt: Channel | None = None
+        self.preempt_came = trio.Event()
+
+    def close(self) -> None:
+        """No loop runs on them any more."""
+        self.loader.close()
+        if self.preempt:
+            self.preempt.close()
+        self.main.close()
 
 
 class IncomingMigration:
@@ -89,24 +98,15 @@ class IncomingMigration:
         self.error: MigrationError | None = None
         self.postcopy = statuses.postcopy()
         self.memory = Memory(guest, choose_way(guest, copy=copy))
-        self._overcommit = overcommit
+        self.admission = Admission(guest, settings, self.memory, overcommit=overcommit)
+        self._devices = Devices(guest)
         self._emit = emit
         self._run_state = run_state
         self._paused = paused
         self._listener: Listener | None = None
-        self._main: Channel | None = None
-        self._preempt: Channel | None = None
-        self._preempt_came = trio.Event()
-        self._loader: Loader | None = None
-        self._peer_is_srcd = False
-        self._peer_preempts = False
-        self._committed = trio.Event()
-        self._running = trio.Event()
         self._standing: trio.Nursery
-        self._return_path = False
-        self._refusal: MigrationError | None = None
         self._loaded = False  # PONG 3 has left: the source may give the guest up
-        self._device_state = DeviceState()
+        self._running = trio.Event()
 
     # -- listening
 
@@ -129,7 +129,7 @@ class IncomingMigration:
             # The fault loop outlives the connection: what is here is served to
             # the guest while the rest cannot come.
             async with trio.open_nursery() as self._standing:
-                await self._one_connection()
+                await self._take(self._listener)
                 if self.status.now is M.POSTCOPY_PAUSED:
                     await trio.sleep_forever()
                 self._standing.cancel_scope.cancel()
@@ -139,347 +139,143 @@ class IncomingMigration:
                 raise
             await self._failed(cause)
         finally:
-            self._release()
+            self._listener.close()
 
-    async def _one_connection(self) -> None:
-        assert self._listener is not None
-        self._main = await self._listener.accept("main")
+    async def _take(self, listener: Listener) -> None:
+        """One source, until all has arrived or its connection fails."""
+        link = Connection(await listener.accept("main"), self.memory)
         self.status.set(M.ACTIVE)
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._accept_more)
-                await self._receive(nursery)
+                nursery.start_soon(self._accept_more, listener, link)
+                await self._receive(link, nursery)
                 nursery.cancel_scope.cancel()
         except BaseException as error:
             cause = cause_of(error)
             if cause is None:
                 raise
-            await self._failed(cause)
+            await self._failed(cause, link.peer)
         finally:
-            self._release()
+            self.memory.connect(None)
+            link.close()
 
-    async def _accept_more(self) -> None:
+    async def _accept_more(self, listener: Listener, link: Connection) -> None:
         """The connection after main is preempt; a third has nothing to say here."""
-        assert self._listener is not None
-        assert self._main is not None
-        while self._listener.many:
-            channel = await self._listener.accept("preempt", self._main.stop)
-            if self.settings.on("postcopy-preempt") and self._preempt is None:
-                self._preempt = channel
-                self._preempt_came.set()
+        while listener.many:
+            channel = await listener.accept("preempt", link.main.stop)
+            if self.settings.on("postcopy-preempt") and link.preempt is None:
+                link.preempt = channel
+                link.preempt_came.set()
             else:
                 log.warning("closing a connection that nobody expects")
                 channel.close()
 
-    async def _receive(self, nursery: trio.Nursery) -> None:
-        assert self._main is not None
-        self._loader = Loader(self.memory, self._main, preempt=False)
-        kind: int | None = await self._main.decode(self._head_untrusted)
+    async def _receive(self, link: Connection, nursery: trio.Nursery) -> None:
+        kind = await link.main.decode(self.admission.head_untrusted)
         self.memory.empty()
-        while kind is not None and kind != c.QEMU_VM_SECTION_START:
-            kind = await self._before_ram(kind)
-        await self._ram_setup()
-        await self._sections(nursery)
+        while kind != c.QEMU_VM_SECTION_START:
+            kind = await self._before_ram(link, kind)
+        await self._ram_setup(link)
+        await self._sections(link, nursery)
 
     # -- before RAM
 
-    def _head_untrusted(self, read: fields.Read) -> int:
-        """Header and configuration; returns the type byte behind them.
-
-        A machine that is not ours is refused a moment later, when we know whether
-        the source can be told why.
-        """
-        section.read_file_header_untrusted(read)
-        configuration, kind = section.read_configuration_untrusted(read)
-        ours = self.guest.machine
-        if configuration.machine != ours:
-            self._refusal = HostError(
-                f"the source's machine is {configuration.machine!r}, this one is"
-                f" {ours!r}; start both sides with the same --machine"
-            )
-        if configuration.capabilities:
-            self._refusal = HostError(
-                "the source has capabilities on that this destination lacks:"
-                f" {', '.join(configuration.capabilities)}; switch them off there"
-            )
-        return kind
-
-    async def _before_ram(self, kind: int) -> int:
+    async def _before_ram(self, link: Connection, kind: int) -> int:
         """One record in front of RAM's START; the type byte of the next."""
-        assert self._main is not None
         if kind != c.QEMU_VM_COMMAND:
-            self._refuse_now()
+            self.admission.settle()
             raise StreamError("unexpected in front of the RAM section", got=kind)
-        found = await self._main.decode(command.read_untrusted)
+        found = await link.peer.command()
         if not isinstance(found, command.OpenReturnPath | command.Ping):
-            self._refuse_now()
-        await self._command(found)
-        return await self._main.decode(fields.u8_untrusted)
+            self.admission.settle()
+        await self._command(link, found)
+        return await link.peer.next_kind()
 
-    def _refuse_now(self) -> None:
-        if self._refusal:
-            raise self._refusal
-
-    async def _command(self, found: command.Command) -> None:
+    async def _command(self, link: Connection, found: command.Command) -> None:
         """A command that may come outside of the package."""
         match found:
             case command.OpenReturnPath():
-                self._return_path = True
+                link.peer.return_path = True
             case command.Ping(value):
-                await self._ping(value)
-            case command.Advise(page_sizes, target_page):
-                self._advise(page_sizes, target_page)
+                await link.peer.ping(value)
+            case command.Advise(page_sizes, target_page) if self.postcopy.may(P.ADVISE):
+                self.admission.check_advise(page_sizes, target_page)
+                self.postcopy.set(P.ADVISE)
+                link.loader.advise()
             case command.SwitchoverStart():
                 pass
             case _:
                 raise StreamError("command that does not belong here", got=found)
 
-    async def _ping(self, value: int) -> None:
-        if not self._return_path:
-            raise StreamError("PING without a return path", got=value)
-        await self._say(returnpath.Pong(value))
-        if value == c.PING_HELLO:
-            self._peer_is_srcd = True
-            await self._say(returnpath.Pong(c.PONG_HELLO_ACK))
-        elif value == c.PING_PREEMPT:
-            self._peer_preempts = True
-        elif value == c.PING_COMMIT:
-            self._committed.set()
-
-    async def _say(self, message: returnpath.Message) -> None:
-        assert self._main is not None
-        await self._main.write(returnpath.encode(message))
-
-    def _advise(self, page_sizes: int, target_page: int) -> None:
-        """Postcopy may follow: can this host do it, and do the pages match?"""
-        if problem := self.postcopy_problem():
-            raise HostError(f"the source wants postcopy: {problem}")
-        if not self.settings.on("postcopy-ram"):
-            raise HostError(
-                "the source wants postcopy and capability postcopy-ram is off here;"
-                " switch it on on both sides or on neither"
-            )
-        ours = 0
-        for block in self.guest.blocks:
-            ours |= block.page_size
-        if page_sizes != ours or target_page != c.TARGET_PAGE_SIZE:
-            raise HostError(
-                f"the source's RAM has page sizes {page_sizes:#x}, ours has"
-                f" {ours:#x}; give both sides the same --hugepages"
-            )
-        assert self._loader is not None
-        self._loader.advise()
-        self.postcopy.set(P.ADVISE)
-
-    def _check_preempt(self) -> None:
-        """Both sides or neither: srcd says early whether it will open the channel."""
-        ours = self.settings.on("postcopy-preempt")
-        if (
-            self._peer_is_srcd
-            and self.postcopy.now is P.ADVISE
-            and ours != self._peer_preempts
-        ):
-            there, here = ("off", "on") if ours else ("on", "off")
-            raise HostError(
-                f"postcopy-preempt is {there} at the source and {here} here; switch"
-                " it on on both sides or on neither"
-            )
-
-    def postcopy_problem(self) -> str | None:
-        """Why this guest cannot be received by postcopy, and what to do."""
-        if self.guest.no_userfaultfd:
-            return self.guest.no_userfaultfd
-        try:
-            self.memory.probe()
-        except HostError as error:
-            return f"guest RAM cannot be registered with userfaultfd: {error}"
-        return None
-
-    async def _ram_setup(self) -> None:
-        """RAM's START: every block must be ours, name by name and byte by byte."""
-        assert self._main is not None
-        self._refuse_now()
-        self._check_preempt()
-        start = await self._main.decode(
+    async def _ram_setup(self, link: Connection) -> None:
+        """RAM's START: the last that the source says before there are pages."""
+        self.admission.settle()
+        advised = self.postcopy.now is P.ADVISE
+        if link.peer.is_srcd and advised:
+            self.admission.check_preempt(at_source=link.peer.preempts)
+        start = await link.main.decode(
             lambda read: section.read_header_untrusted(read, c.QEMU_VM_SECTION_START)
         )
-        if (
-            not isinstance(start, section.Start)
-            or start.name != c.RAM_SECTION
-            or start.version != c.RAM_SECTION_VERSION
-        ):
-            raise StreamError(
-                "the stream starts a section that this destination cannot load;"
-                " remove the device from the source's machine",
-                got=getattr(start, "name", None),
-            )
-        blocks = await self._main.decode(self._block_list_untrusted)
-        await self._main.decode(
+        self.admission.check_start(start)
+        blocks = await link.main.decode(
+            lambda read: self.admission.block_list_untrusted(read, advised=advised)
+        )
+        await link.main.decode(
             lambda read: section.read_footer_untrusted(read, start.section_id)
         )
-        self._check_blocks(blocks)
-        assert self._loader is not None
-        self._loader.begin(start.section_id)
-
-    def _block_list_untrusted(
-        self, read: fields.Read
-    ) -> tuple[section.BlockEntry, ...]:
-        ours = {block.idstr: block.page_size for block in self.guest.blocks}
-        advised = self.postcopy.now is P.ADVISE
-        return section.read_ram_setup_untrusted(
-            read,
-            page_size_of=(lambda name: ours.get(name, c.TARGET_PAGE_SIZE))
-            if advised
-            else None,
-        )
-
-    def _check_blocks(self, theirs: tuple[section.BlockEntry, ...]) -> None:
-        ours = {block.idstr: block.length for block in self.guest.blocks}
-        for block in theirs:
-            if block.idstr not in ours:
-                raise HostError(
-                    f"the source has a RAM block {block.idstr!r}, which is not among"
-                    f" ours ({', '.join(map(repr, ours))}); name them alike"
-                )
-            if block.length != ours[block.idstr]:
-                raise HostError(
-                    f"RAM block {block.idstr!r} has {block.length} bytes at the"
-                    f" source and {ours[block.idstr]} here; give both sides the"
-                    " same --memory"
-                )
-        for name in ours.keys() - {block.idstr for block in theirs}:
-            raise HostError(
-                f"our RAM block {name!r} is not among the source's; name them alike"
-            )
-        if not self._overcommit and (problem := memory_problem(self.guest.blocks)):
-            raise HostError(problem)
+        self.admission.check_blocks(blocks)
+        link.loader.begin(start.section_id)
 
     # -- sections
 
-    async def _sections(self, nursery: trio.Nursery) -> None:
+    async def _sections(self, link: Connection, nursery: trio.Nursery) -> None:
         """The stream from the first page to EOF."""
-        assert self._main is not None
-        assert self._loader is not None
         while True:
-            kind = await self._loader.sections()
+            kind = await link.loader.sections()
             if kind is None:
                 raise ChannelLost("the channel was shut down", channel="main")
-            await self._main.decode(fields.u8_untrusted)
+            await link.peer.next_kind()
             match kind:
                 case c.QEMU_VM_COMMAND:
-                    found = await self._main.decode(command.read_untrusted)
+                    found = await link.peer.command()
                     if isinstance(found, command.Packaged):
-                        await self._package(found.size, nursery)
+                        await self._package(link, found.size, nursery)
                     else:
-                        await self._command(found)
-                case c.QEMU_VM_SECTION_FULL if self._opaque and self._loader.ended:
-                    await self._end_opaque(bytes([kind]))
-                    return
+                        await self._command(link, found)
+                case c.QEMU_VM_SECTION_FULL if self._devices.opaque and (
+                    link.loader.ended
+                ):
+                    ending = await receive_ending_untrusted(link.main, bytes([kind]))
+                    self._devices.ending_untrusted(ending)
+                    return await self._arrive(link)
                 case c.QEMU_VM_SECTION_FULL if self.postcopy.now is not P.RUNNING:
-                    await self._main.decode(self._full_untrusted)
+                    await link.main.decode(self._devices.full_untrusted)
                 case c.QEMU_VM_EOF:
-                    break
+                    return await self._end(link)
                 case _:
                     raise StreamError("unexpected section type", got=kind)
+
+    async def _end(self, link: Connection) -> None:
+        if not link.loader.ended:
+            raise StreamError("the stream ended before its RAM section did")
         if self.postcopy.now in (P.LISTENING, P.RUNNING):
-            await self._end_postcopy()
-        else:
-            await self._end_precopy()
-
-    @property
-    def _opaque(self) -> bool:
-        """A guest without CPUs takes any device's state, and keeps none of it."""
-        return self.guest.device is None and not self.guest.vcpus
-
-    def _full_untrusted(self, read: fields.Read) -> None:
-        """One FULL section behind its type byte; those we know have a length."""
-        header = section.read_header_untrusted(read, c.QEMU_VM_SECTION_FULL)
-        assert isinstance(header, section.Full)
-        ours = self.guest.device
-        if ours and header.name == ours.name:
-            self._device_untrusted(read, header, ours)
-        elif header.name == c.GLOBALSTATE_SECTION:
-            self._run_state_untrusted(read)
-        elif header.name == c.TIMER_SECTION:
-            section.read_timer_untrusted(read)
-        else:
-            raise StreamError(
-                "device state that this guest cannot load; start both sides with the"
-                " same kind of guest",
-                got=header.name,
-            )
-        section.read_footer_untrusted(read, header.section_id)
-
-    def _run_state_untrusted(self, read: fields.Read) -> None:
-        state = section.read_globalstate_untrusted(read)
-        self._device_state.running = state.run_state == "running"
-
-    def _device_untrusted(
-        self, read: fields.Read, header: section.Full, ours: Device
-    ) -> None:
-        if header.version > ours.version:
-            raise StreamError(
-                f"device state of {ours.name} in a newer version than this guest"
-                " loads; update the destination",
-                expected=ours.version,
-                got=header.version,
-            )
-        self._device_state.device = Device(name=header.name, version=header.version)
-        self._device_state.state = section.read_device_state_untrusted(read)
-
-    async def _load_device(self) -> None:
-        arrived = self._device_state
-        if self.guest.device and not arrived.device:
-            raise StreamError(
-                f"the stream has no device state of {self.guest.device.name}; start"
-                " both sides with the same kind of guest"
-            )
-        if arrived.device:
-            await self.guest.load(arrived.device, arrived.state)
+            return await self._end_postcopy(link)
+        # What is behind EOF: QEMU sends a description, others may send nothing.
+        with suppress(ChannelLost):
+            if await link.peer.next_kind() == c.QEMU_VM_VMDESCRIPTION:
+                await link.main.decode(vmdesc.read_untrusted)
+        await self._arrive(link)
 
     # -- precopy ends
 
-    async def _end_precopy(self) -> None:
-        assert self._main is not None
-        assert self._loader is not None
-        if not self._loader.ended:
-            raise StreamError("the stream ended before its RAM section did")
-        await self._description()
-        await self._arrive()
-
-    async def _end_opaque(self, begun: bytes) -> None:
-        """The same for sections whose lengths only the description tells."""
-        assert self._main is not None
-        ending = await receive_ending_untrusted(self._main, begun)
-        for found in ending.sections:
-            if found.header.name == c.GLOBALSTATE_SECTION:
-                self._run_state_untrusted(fields.over(found.body))
-        await self._arrive()
-
-    async def _arrive(self) -> None:
+    async def _arrive(self, link: Connection) -> None:
         """All is here: load the device state, take the guest over, run it."""
-        await self._load_device()
-        if self._return_path and self._peer_is_srcd:
-            await self._say(returnpath.Pong(c.PING_LOADED))
-            await self._wait_for_commit()
-        await self._start_guest(self._device_state.running and not self._paused())
-        await self._complete()
-
-    async def _description(self) -> None:
-        """What is behind EOF; QEMU sends a description, others may send nothing."""
-        assert self._main is not None
-        with suppress(ChannelLost):
-            if await self._main.decode(fields.u8_untrusted) == c.QEMU_VM_VMDESCRIPTION:
-                await self._main.decode(vmdesc.read_untrusted)
-
-    async def _wait_for_commit(self) -> None:
-        """The source's word that it will never run the guest again."""
-        assert self._main is not None
-        while not self._committed.is_set():
-            kind = await self._main.decode(fields.u8_untrusted)
-            if kind != c.QEMU_VM_COMMAND:
-                raise StreamError("expected the source's COMMIT", got=kind)
-            await self._command(await self._main.decode(command.read_untrusted))
+        await self._devices.load()
+        if link.peer.return_path and link.peer.is_srcd:
+            await link.peer.say(returnpath.Pong(c.PING_LOADED))
+            await link.peer.wait_for_commit()
+        await self._start_guest(self._devices.running and not self._paused())
+        await self._complete(link)
 
     async def _start_guest(self, run: bool) -> None:
         if run:
@@ -491,60 +287,52 @@ class IncomingMigration:
 
     # -- postcopy
 
-    async def _package(self, size: int, nursery: trio.Nursery) -> None:
-        assert self._main is not None
+    async def _package(
+        self, link: Connection, size: int, nursery: trio.Nursery
+    ) -> None:
+        """The switch: from here on a missing page is a fault."""
         if self.postcopy.now is not P.ADVISE:
             raise StreamError("a package without ADVISE, or a second one")
-        main = self._main
         package = split_package_untrusted(
-            await main.decode(lambda read: fields.take_untrusted(read, size))
+            await link.main.decode(lambda read: fields.take_untrusted(read, size))
         )
         if not package.listen or not package.run:
             raise StreamError("a package without LISTEN first and RUN last")
-        await self._preempt_needed()
-        if self._loader and self._loader.discards:
+        await self._preempt_needed(link)
+        if link.loader.discards:
             self.postcopy.set(P.DISCARD)
-        self._read_package_untrusted(package)
-        self.memory.connect(main)
+        self._devices.package_untrusted(package)
+        self.memory.connect(link.main)
         self.memory.listen()
         self.postcopy.set(P.LISTENING)
         self.status.set(M.POSTCOPY_ACTIVE)
         self._standing.start_soon(self.memory.faults)
-        if self._preempt:
-            nursery.start_soon(self._load_urgent, self._preempt)
-        nursery.start_soon(self._run_package, package, nursery)
+        if link.preempt:
+            nursery.start_soon(self._load_urgent, link.preempt)
+        nursery.start_soon(self._run_package, link.peer, package, nursery)
 
-    async def _preempt_needed(self) -> None:
+    async def _preempt_needed(self, link: Connection) -> None:
         """The source's urgent pages come there; it connects before the package."""
         if not self.settings.on("postcopy-preempt"):
             return
         with trio.move_on_after(PREEMPT_SECONDS):
-            await self._preempt_came.wait()
+            await link.preempt_came.wait()
             return
         raise HostError(
             "postcopy-preempt is on here and the source has opened no preempt channel;"
             " switch it on on both sides or on neither"
         )
 
-    def _read_package_untrusted(self, package: Package) -> None:
-        """The FULL sections."""
-        if self._opaque:
-            return
-        read = fields.over(package.sections)
-        while read.offset < len(package.sections):
-            kind = fields.u8_untrusted(read)
-            if kind != c.QEMU_VM_SECTION_FULL:
-                raise StreamError("unexpected section type in the package", got=kind)
-            self._full_untrusted(read)
-
-    async def _run_package(self, package: Package, nursery: trio.Nursery) -> None:
+    async def _run_package(
+        self, peer: Peer, package: Package, nursery: trio.Nursery
+    ) -> None:
         """Load the device state, say so, and run the guest."""
-        await self._load_device()
+        await self._devices.load()
         self._loaded = True
         for value in package.pings:
-            await self._say(returnpath.Pong(value))
-        if self._peer_is_srcd:
-            await self._committed.wait()
+            await peer.say(returnpath.Pong(value))
+        if peer.is_srcd:
+            await peer.committed.wait()
         self.postcopy.set(P.RUNNING)
         await self._start_guest(True)
         self._running.set()
@@ -561,24 +349,25 @@ class IncomingMigration:
         finally:
             loader.close()
 
-    async def _end_postcopy(self) -> None:
+    async def _end_postcopy(self, link: Connection) -> None:
         """EOF was read: wait for the last urgent pages, then let the source go."""
-        assert self._main is not None
-        await self._last_pages()
+        if link.peer.is_srcd and not link.peer.committed.is_set():
+            raise StreamError("the stream ended without the source's COMMIT")
+        await self._last_pages(link)
         await self._running.wait()
         self.memory.finish()
         self.postcopy.set(P.END)
-        if self._preempt:
-            self._preempt.break_connection()
-        await self._complete()
+        if link.preempt:
+            link.preempt.break_connection()
+        await self._complete(link)
 
-    async def _last_pages(self) -> None:
+    async def _last_pages(self, link: Connection) -> None:
         missing = self.memory.missing
         while missing:
             with trio.move_on_after(LAST_PAGES_SECONDS):
                 await self.memory.complete()
                 return
-            if self.memory.missing == missing or not self._preempt:
+            if self.memory.missing == missing or not link.preempt:
                 raise StreamError(
                     "the source ended the stream and owes pages", got=missing
                 )
@@ -586,43 +375,18 @@ class IncomingMigration:
 
     # -- the ends
 
-    async def _complete(self) -> None:
-        assert self._main is not None
-        if self._return_path:
-            await self._say(returnpath.Shut(0))
-        await self._main.drain()
+    async def _complete(self, link: Connection) -> None:
+        await link.peer.done()
         self.status.set(M.COMPLETED)
 
-    async def _failed(self, error: MigrationError) -> None:
+    async def _failed(self, error: MigrationError, peer: Peer | None = None) -> None:
         log.warning("migration failed: %s", error)
         self.error = error
-        can_go_on = self._loaded and self.postcopy.now in (P.LISTENING, P.RUNNING)
-        if can_go_on and not isinstance(error, GuestError):
-            self.memory.connect(None)
+        # The source may have given the guest up: keep all there is of it.
+        keep = self._loaded and self.status.now is M.POSTCOPY_ACTIVE
+        if keep and not isinstance(error, GuestError):
             self.status.set(M.POSTCOPY_PAUSED)
             return
-        await self._tell(error)
+        if peer:
+            await peer.tell(error)
         self.status.set(M.FAILED)
-
-    async def _tell(self, error: MigrationError) -> None:
-        """Say why and that it is over; the source goes on with its guest."""
-        if not self._main or not self._return_path or isinstance(error, ChannelLost):
-            return
-        self._main.stop.clear()
-        with suppress(MigrationError), trio.move_on_after(PREEMPT_SECONDS):
-            if self._peer_is_srcd:
-                await self._say(returnpath.Failure(str(error)))
-            await self._say(returnpath.Shut(1))
-            await self._main.drain()
-
-    def _release(self) -> None:
-        """No loop runs any more; a paused postcopy keeps its memory."""
-        self.memory.connect(None)
-        if self._loader:
-            self._loader.close()
-        for channel in (self._preempt, self._main):
-            if channel:
-                channel.close()
-        self._preempt = self._main = None
-        if self._listener:
-            self._listener.close()

@@ -1,0 +1,82 @@
+"""The source: what it is, what it has promised, and how it is spoken to."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from common.errors import ChannelLost, MigrationError, StreamError
+from common.stream import command, fields, returnpath
+from common.stream import constants as c
+
+if TYPE_CHECKING:
+    from common.channel import Channel
+
+# How long telling the source why may take.
+LAST_WORDS_SECONDS: Final = 10.0
+
+
+class Peer:
+    """The source at the other end of `main`.
+
+    `committed` is set when srcd has given its guest up for good.
+    """
+
+    def __init__(self, main: Channel) -> None:
+        self._main = main
+        self.return_path = False
+        self.is_srcd = False
+        self.preempts = False  # srcd only: it will open a preempt channel
+        self.committed = trio.Event()
+
+    async def command(self) -> command.Command:
+        """The command behind the type byte that was read last."""
+        return await self._main.decode(command.read_untrusted)
+
+    async def next_kind(self) -> int:
+        """The next type byte."""
+        return await self._main.decode(fields.u8_untrusted)
+
+    async def ping(self, value: int) -> None:
+        """Answer a PING, and note what ours mean."""
+        if not self.return_path:
+            raise StreamError("PING without a return path", got=value)
+        await self.say(returnpath.Pong(value))
+        if value == c.PING_HELLO:
+            self.is_srcd = True
+            await self.say(returnpath.Pong(c.PONG_HELLO_ACK))
+        elif value == c.PING_PREEMPT:
+            self.preempts = True
+        elif value == c.PING_COMMIT:
+            self.committed.set()
+
+    async def say(self, message: returnpath.Message) -> None:
+        await self._main.write(returnpath.encode(message))
+
+    async def wait_for_commit(self) -> None:
+        """At the end of precopy: srcd's word that it never runs the guest again."""
+        while not self.committed.is_set():
+            kind = await self.next_kind()
+            found = await self.command() if kind == c.QEMU_VM_COMMAND else None
+            if not isinstance(found, command.Ping):
+                raise StreamError("expected the source's COMMIT", got=kind)
+            await self.ping(found.value)
+
+    async def done(self) -> None:
+        """The last word, that all went well; it must not be lost."""
+        if self.return_path:
+            await self.say(returnpath.Shut(0))
+        await self._main.drain()
+
+    async def tell(self, error: MigrationError) -> None:
+        """Say why and that it is over; the source goes on with its guest."""
+        if not self.return_path or isinstance(error, ChannelLost):
+            return
+        self._main.stop.clear()
+        with suppress(MigrationError), trio.move_on_after(LAST_WORDS_SECONDS):
+            if self.is_srcd:
+                await self.say(returnpath.Failure(str(error)))
+            await self.say(returnpath.Shut(1))
+            await self._main.drain()
