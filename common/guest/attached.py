@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import fcntl
 import logging
 import os
 import socket
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from common.errors import GuestError
+from common.errors import GuestError, HostError
 from common.guest import attach
-from common.guest.base import Device, GuestState, RamBlock
+from common.guest.base import Device, GuestState, RamBlock, file_page_size
 from common.native.ram import negotiate
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 MAX_SAVED: Final = 48 << 20  # fits the stream's package with room for the rest
 ANSWER_SECONDS: Final = 30.0
 LOAD_SECONDS: Final = 300.0
+FAREWELL_SECONDS: Final = 1.0
 ABILITIES: Final = "keep:abilities"
 
 
@@ -51,7 +53,9 @@ class AttachedGuest:
         self._turn = trio.StrictFIFOLock()
         self._number = 0
         self._answer: tuple[attach.Return | attach.Failure, list[int]] | None = None
-        self._answered = trio.Event()
+        self._answered = trio.Event()  # set while nobody waits for an answer
+        self._answered.set()
+        self._given_up: set[int] = set()  # requests whose answer nobody wants
         self.gone = trio.Event()
         self.why = "the guest's process is gone"
         self.machine = hello.machine
@@ -85,17 +89,12 @@ class AttachedGuest:
         return self._descriptors.get(attach.PAGEMAP)
 
     async def prepare(self) -> None:
-        """Negotiate the userfaultfd, once in its life.
+        """Have the guest's process keep a note of what was negotiated.
 
-        A userfaultfd cannot be asked later what was negotiated, so the guest's
-        process keeps a note of it for the daemon after us.
+        A userfaultfd cannot be asked later; the note is for the daemon after us.
         """
-        if self.userfaultfd is None:
+        if self.userfaultfd is None or ABILITIES in self._descriptors:
             return
-        if (note := self._descriptors.get(ABILITIES)) is not None:
-            self.abilities = int.from_bytes(os.pread(note, 4, 0), "little")
-            return
-        self.abilities = negotiate(self.userfaultfd)
         note = os.memfd_create("abilities", os.MFD_CLOEXEC)
         try:
             os.pwrite(note, self.abilities.to_bytes(4, "little"), 0)
@@ -122,6 +121,10 @@ class AttachedGuest:
             if not isinstance(length, int) or not 0 < length <= MAX_SAVED:
                 raise GuestError(f"device state of length {length!r}", request="save")
             state = os.pread(fds[0], length, 0)
+        except OSError as error:
+            raise GuestError(
+                f"device state cannot be read: {error.strerror}", request="save"
+            ) from None
         finally:
             close_all(fds)
         if len(state) != length:
@@ -174,16 +177,23 @@ class AttachedGuest:
             packet = attach.request(
                 name, self._number, arguments or {}, [label for label, _ in send]
             )
-            with trio.move_on_after(seconds) as scope:
-                await self._send(packet, [fd for _, fd in send])
-                await self._answered.wait()
+            try:
+                with trio.move_on_after(seconds) as scope:
+                    await self._send(packet, [fd for _, fd in send])
+                    await self._answered.wait()
+            finally:
+                if not self._answered.is_set():
+                    self._given_up.add(self._number)
+                    self._answered.set()
+            answered, self._answer = self._answer, None
         if scope.cancelled_caught:
             self.lost(f"the guest's process did not answer {name} in {seconds:.0f} s")
-        if self._answer is None:
+            self._hang_up()
+        if answered is None:
             raise GuestError(self.why, request=name)
-        answer, fds = self._answer
-        self._answer = None
+        answer, fds = answered
         if isinstance(answer, attach.Failure):
+            close_all(fds)
             raise GuestError(answer.text, request=name)
         if answer.descriptors != tuple(wanted):
             close_all(fds)
@@ -206,22 +216,41 @@ class AttachedGuest:
                 if not packet:
                     self.lost("the guest's process has closed its connection")
                     return
-                self._take(attach.decode_untrusted(packet, len(fds)), fds)
-        except (OSError, attach.AttachError) as error:
+                try:
+                    self._take(attach.decode_untrusted(packet, len(fds)), fds)
+                except BaseException:
+                    close_all(fds)
+                    raise
+        except OSError as error:
+            self.lost(f"the guest's process is gone: {error.strerror}")
+        except attach.AttachError as error:
+            await refuse(self._socket, str(error))
             self.lost(f"the guest's process broke the attach protocol: {error}")
+            self._hang_up()
 
     def _take(self, message: attach.FromGuest, fds: list[int]) -> None:
         match message:
-            case attach.Return() | attach.Failure() if message.id == self._number:
+            case attach.Return() | attach.Failure() if self._waits_for(message.id):
                 self._answer = (message, fds)
                 self._answered.set()
+            case attach.Return() | attach.Failure() if message.id in self._given_up:
+                self._given_up.remove(message.id)
+                close_all(fds)
             case attach.Event(name="shutdown"):
                 self.lost(f"the guest ended: {message.data.get('reason')}")
+                close_all(fds)
             case attach.Event():
                 close_all(fds)
             case _:
-                close_all(fds)
                 raise attach.AttachError("an answer that nobody asked for")
+
+    def _waits_for(self, number: int) -> bool:
+        return number == self._number and not self._answered.is_set()
+
+    def _hang_up(self) -> None:
+        """Let the guest's process see that this daemon has no use for it."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def lost(self, why: str) -> None:
         """The guest is gone, or of no use any more: wake all who wait for it."""
@@ -230,6 +259,15 @@ class AttachedGuest:
             self.why = why
             self.gone.set()
         self._answered.set()
+
+    async def welcome(self) -> None:
+        """Tell the guest's process that it has attached; OSError if it is gone."""
+        await _send_packet(self._socket, attach.attached(), ())
+
+    async def send_away(self, reason: str) -> None:
+        """Tell it that it has not, and forget it."""
+        await refuse(self._socket, reason)
+        self.close()
 
     def close(self) -> None:
         """Close the socket and the descriptors; the guest's process has its own."""
@@ -262,40 +300,107 @@ def listening(path: str) -> Iterator[trio.socket.SocketType]:
             os.unlink(path)
 
 
-async def accept(listener: trio.socket.SocketType) -> AttachedGuest:
-    """Wait for a guest that attaches properly; others are told why not."""
+async def accept(listener: trio.socket.SocketType, *, incoming: bool) -> AttachedGuest:
+    """Wait for a guest that attaches properly; others are told why not.
+
+    `incoming`: it must wait for a migration, else it must not.
+    """
     while True:
-        sock, _ = await listener.accept()
+        guest = await _first(listener, incoming=incoming)
         try:
-            return await _welcome(sock)
-        except (OSError, attach.AttachError, trio.TooSlowError) as error:
+            await guest.welcome()
+        except OSError as error:
+            log.warning("a guest went away: %s", error.strerror)
+            guest.close()
+            continue
+        return guest
+
+
+async def _first(listener: trio.socket.SocketType, *, incoming: bool) -> AttachedGuest:
+    """The first guest that introduces itself well; a silent one delays nobody."""
+    guests: list[AttachedGuest] = []
+
+    async def introduce(sock: trio.socket.SocketType) -> None:
+        try:
+            guest = await _introduced(sock, incoming=incoming)
+        except (OSError, attach.AttachError) as error:
             log.warning("a guest could not attach: %s", error)
-            with suppress(OSError):
-                await _send_packet(sock, attach.refused(str(error)), ())
+            await refuse(sock, str(error))
             sock.close()
+        except trio.Cancelled:
+            await refuse(sock, "this daemon takes no guest any more")
+            sock.close()
+            raise
+        else:
+            guests.append(guest)
+            nursery.cancel_scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        while True:
+            sock, _ = await listener.accept()
+            nursery.start_soon(introduce, sock)
+    first, *late = guests
+    for guest in late:
+        await guest.send_away("another guest has attached")
+    return first
 
 
-async def _welcome(sock: trio.socket.SocketType) -> AttachedGuest:
-    fds: list[int] = []
+async def _introduced(sock: trio.socket.SocketType, *, incoming: bool) -> AttachedGuest:
+    """The guest behind a connection; AttachError if it is of no use to us."""
+    packet, fds = await _first_packet(sock)
     try:
-        with trio.fail_after(ANSWER_SECONDS):
-            packet, fds = await receive_packet(sock)
         hello = attach.decode_untrusted(packet, len(fds))
         if not isinstance(hello, attach.Attach):
             raise attach.AttachError("the first message must be attach")
         named = dict(zip(hello.descriptors, fds, strict=True))
+        check_state(hello, incoming=incoming)
         check_memory(hello, named)
-        await _send_packet(sock, attach.attached(), ())
-        return AttachedGuest(sock, hello, named)
+        guest = AttachedGuest(sock, hello, named)
+        guest.abilities = _abilities(named)
     except BaseException:
         close_all(fds)
         raise
+    return guest
+
+
+async def _first_packet(sock: trio.socket.SocketType) -> tuple[bytes, list[int]]:
+    with trio.move_on_after(ANSWER_SECONDS):
+        packet, fds = await receive_packet(sock)
+        if not packet:
+            raise attach.AttachError("it closed the connection without a word")
+        return packet, fds
+    raise attach.AttachError(f"no message came in {ANSWER_SECONDS:.0f} s")
+
+
+def _abilities(descriptors: Mapping[str, int]) -> int:
+    """What the userfaultfd was negotiated for: by a daemon before us, or now."""
+    if (userfaultfd := descriptors.get(attach.USERFAULTFD)) is None:
+        return 0
+    try:
+        if (note := descriptors.get(ABILITIES)) is None:
+            return negotiate(userfaultfd)
+        return int.from_bytes(os.pread(note, 4, 0), "little")
+    except (OSError, HostError) as error:
+        raise attach.AttachError(f"its userfaultfd cannot be used: {error}") from None
+
+
+def check_state(hello: attach.Attach, *, incoming: bool) -> None:
+    """A guest that waits belongs to a destination, any other to a source."""
+    if incoming and hello.state is not GuestState.INCOMING:
+        raise attach.AttachError(
+            "this guest runs already; start the VMM waiting for an incoming migration"
+        )
+    if not incoming and hello.state is GuestState.INCOMING:
+        raise attach.AttachError(
+            "this guest waits for an incoming migration: it belongs to dstd"
+        )
 
 
 def check_memory(hello: attach.Attach, descriptors: Mapping[str, int]) -> None:
     """Each block's file must be as long as the block, or using it is a SIGBUS."""
     for block in hello.blocks:
-        status = os.fstat(descriptors[f"block:{block.idstr}"])
+        fd = descriptors[f"block:{block.idstr}"]
+        status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise attach.AttachError(f"block {block.idstr!r} is not a file")
         if status.st_size < block.length:
@@ -303,6 +408,20 @@ def check_memory(hello: attach.Attach, descriptors: Mapping[str, int]) -> None:
                 f"the file of block {block.idstr!r} has {status.st_size} bytes,"
                 f" the block {block.length}"
             )
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDWR:
+            raise attach.AttachError(f"block {block.idstr!r} cannot be written to")
+        if (page_size := file_page_size(fd)) != block.page_size:
+            raise attach.AttachError(
+                f"block {block.idstr!r} has page-size {block.page_size}, its file"
+                f" {page_size}"
+            )
+
+
+async def refuse(sock: trio.socket.SocketType, reason: str) -> None:
+    """Say why, if anybody still listens; the packet fits an empty socket."""
+    with trio.CancelScope(shield=True), suppress(OSError):
+        with trio.move_on_after(FAREWELL_SECONDS):
+            await _send_packet(sock, attach.refused(reason), ())
 
 
 def close_all(fds: Sequence[int]) -> None:

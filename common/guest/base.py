@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Protocol
@@ -39,6 +40,12 @@ class Device:
 
     name: str
     version: int
+
+
+def file_page_size(fd: int) -> int:
+    """The size of the pages behind a file: f_bsize on hugetlbfs, else ordinary."""
+    size = os.fstatvfs(fd).f_bsize
+    return size if size > 1 << 20 else 4096
 
 
 class Guest(Protocol):

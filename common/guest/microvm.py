@@ -76,7 +76,7 @@ async def start(vm: MicroVm, socket: str, nursery: trio.Nursery) -> AttachedGues
         process = await trio.to_thread.run_sync(_spawn, vm.arguments(socket), said)
         ended = trio.Event()
         nursery.start_soon(_reap, process, ended)
-        guest = await _attached_or_ended(listener, ended)
+        guest = await _attached_or_ended(listener, ended, incoming=vm.kernel is None)
         if guest is None:
             process.kill()
             said.seek(0)
@@ -105,7 +105,7 @@ async def _reap(process: subprocess.Popen[bytes], ended: trio.Event) -> None:
 
 
 async def _attached_or_ended(
-    listener: trio.socket.SocketType, ended: trio.Event
+    listener: trio.socket.SocketType, ended: trio.Event, *, incoming: bool
 ) -> AttachedGuest | None:
     guest: AttachedGuest | None = None
     async with trio.open_nursery() as nursery:
@@ -116,6 +116,6 @@ async def _attached_or_ended(
 
         nursery.start_soon(give_up)
         with trio.move_on_after(START_SECONDS):
-            guest = await accept(listener)
+            guest = await accept(listener, incoming=incoming)
         nursery.cancel_scope.cancel()
     return guest

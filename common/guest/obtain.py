@@ -6,8 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from common.config import DEFAULT_MACHINE, PARKED_MACHINE
-from common.errors import HostError
-from common.guest.attached import AttachedGuest, accept, listening
+from common.guest.attached import accept, listening
 from common.guest.base import GuestState
 from common.guest.microvm import MicroVm, start
 from common.guest.parked import ParkedGuest
@@ -35,11 +34,10 @@ async def obtain(
     if config.socket:
         with listening(config.socket) as listener:
             log.info("waiting for a guest at %s", config.socket)
-            guest = await accept(listener)
+            guest = await accept(listener, incoming=incoming)
     else:
         vm = _microvm(config, incoming=incoming)
         guest = await start(vm, f"{control}.guest", nursery)
-    _check_state(guest, incoming=incoming)
     nursery.start_soon(guest.listen)
     await guest.prepare()
     if config.machine:
@@ -60,15 +58,3 @@ def _microvm(config: GuestConfig, *, incoming: bool) -> MicroVm:
         serial=config.serial,
         paused=config.paused,
     )
-
-
-def _check_state(guest: AttachedGuest, *, incoming: bool) -> None:
-    if incoming and guest.state is not GuestState.INCOMING:
-        raise HostError(
-            "the attached guest runs already; start the VMM waiting for an incoming"
-            " migration"
-        )
-    if not incoming and guest.state is GuestState.INCOMING:
-        raise HostError(
-            "the attached guest waits for an incoming migration: it belongs to dstd"
-        )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from common.errors import HostError
-from common.guest.base import Device, GuestState, RamBlock
+from common.guest.base import Device, GuestState, RamBlock, file_page_size
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -96,7 +96,7 @@ def _open_block(file: RamFile) -> RamBlock:
             errno=error.errno,
         ) from None
     try:
-        page_size = _page_size(fd)
+        page_size = file_page_size(fd)
         length = file.size if file.size is not None else os.fstat(fd).st_size
         if length == 0 or length % page_size:
             raise HostError(
@@ -116,9 +116,3 @@ def _open_block(file: RamFile) -> RamBlock:
         guest_address=0,
         fd=fd,
     )
-
-
-def _page_size(fd: int) -> int:
-    """The size of the pages behind a file: f_bsize on hugetlbfs, else ordinary."""
-    size = os.fstatvfs(fd).f_bsize
-    return size if size > 1 << 20 else 4096
