@@ -172,6 +172,8 @@ def test_postcopy_recovery(capabilities: tuple[str, ...], private_dir: Path) -> 
     with pair(capabilities=capabilities) as (source, destination):
         source.set_parameters(max_postcopy_bandwidth=SLOW)
         into_postcopy(source, destination, destination.listen())
+        # A failure while it still loads the package would end the destination.
+        destination.wait_event("RESUME")
         source.pause()
         for side in (source, destination):
             side.wait_status("postcopy-paused")
