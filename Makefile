@@ -16,11 +16,11 @@ build: setup ## the same: builds again what has changed
 demo: setup ## move a running guest on this machine, and look at its memory
 	@PYTHONPATH=tests .venv/bin/python docs/examples/live_move.py
 
-test: ## every check but soak, in under 20 minutes
-	@.ci/run
+test: ## set up, and run every test; under 20 minutes
+	@.ci/stages
 
 lint: ## ruff and clang-format
-	@.ci/run lint
+	@.ci/stages lint
 
 format: setup ## let ruff and clang-format write
 	@.venv/bin/ruff check --quiet --fix
@@ -28,25 +28,25 @@ format: setup ## let ruff and clang-format write
 	@find common docs tests -name '*.[ch]' | xargs clang-format -i
 
 types: ## mypy, strict
-	@.ci/run types
+	@.ci/stages types
 
 unit: ## tests of single modules
-	@.ci/run unit
+	@.ci/stages unit
 
 native: ## C tests: plain, address and undefined, thread sanitizer
-	@.ci/run native
+	@.ci/stages native
 
 conformance: ## against QEMU and others' QMP clients
-	@.ci/run conformance
+	@.ci/stages conformance
 
 integration: ## two daemons and a guest, whose memory is checked
-	@.ci/run integration
+	@.ci/stages integration
 
 fuzz: ## malformed input; SECONDS=10 for each target
-	@SECONDS=$(SECONDS) .ci/run fuzz
+	@SECONDS=$(SECONDS) .ci/stages fuzz
 
 soak: ## many migrations in a row
-	@.ci/run soak
+	@.ci/stages soak
 
 clean: ## remove .venv and everything built
 	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -46,7 +46,7 @@ static volatile uint64_t *ram;
 static uint64_t ram_length;
 
 static struct {
-    pthread_mutex_t lock;   /* protects what follows */
+    pthread_mutex_t lock; /* protects what follows */
     pthread_cond_t changed;
     bool running;
     uint64_t counter, wrong;
@@ -219,7 +219,8 @@ static json_t *receive_message(int sock, int *fd)
 {
     union control control;
     struct iovec part = { packet, sizeof(packet) };
-    struct msghdr header = { .msg_iov = &part, .msg_iovlen = 1,
+    struct msghdr header = { .msg_iov = &part,
+                             .msg_iovlen = 1,
                              .msg_control = control.bytes,
                              .msg_controllen = sizeof(control.bytes) };
     ssize_t length = recvmsg(sock, &header, MSG_CMSG_CLOEXEC);
@@ -324,12 +325,14 @@ static bool answer(int sock)
     else
         wrong = do_request(what, json_object_get(request, "arguments"), in);
     if (out >= 0)
-        sent = send_message(sock, json_pack("{s:{s:i}, s:O, s:[s]}", "return",
-                                            "length", 16, "id", id,
-                                            "descriptors", "state"), &out, 1);
+        sent =
+            send_message(sock,
+                         json_pack("{s:{s:i}, s:O, s:[s]}", "return", "length",
+                                   16, "id", id, "descriptors", "state"),
+                         &out, 1);
     else if (wrong)
-        sent = send_message(sock, json_pack("{s:s, s:O}", "error", wrong,
-                                            "id", id), NULL, 0);
+        sent = send_message(
+            sock, json_pack("{s:s, s:O}", "error", wrong, "id", id), NULL, 0);
     else
         sent = send_message(sock, json_pack("{s:{}, s:O}", "return", "id", id),
                             NULL, 0);
@@ -350,24 +353,24 @@ static bool attach(int sock)
         json_array_append_new(names, json_string(given[i].name));
         fds[i] = given[i].fd;
     }
-    if (!send_message(sock, json_pack(
-            "{s:{s:i, s:s, s:{s:s, s:i}, s:s, s:i, s:[i],"
-            " s:[{s:s, s:I, s:i, s:I, s:i}], s:o}}", "attach",
-            "version", 1,
-            "machine", "postcopyd-1",
-            "device", "name", DEVICE, "version", 1,
-            "state", states[state],
-            "pid", (int)getpid(),
-            "vcpus", (int)cpu.thread,
-            "blocks", "idstr", "ram", "length", (json_int_t)ram_length,
-            "page-size", (int)PAGE, "base", (json_int_t)(uintptr_t)ram,
-            "guest-address", 0,
-            "descriptors", names), fds, given_count))
+    if (!send_message(sock,
+                      json_pack("{s:{s:i, s:s, s:{s:s, s:i}, s:s, s:i, s:[i],"
+                                " s:[{s:s, s:I, s:i, s:I, s:i}], s:o}}",
+                                "attach", "version", 1, "machine",
+                                "postcopyd-1", "device", "name", DEVICE,
+                                "version", 1, "state", states[state], "pid",
+                                (int)getpid(), "vcpus", (int)cpu.thread,
+                                "blocks", "idstr", "ram", "length",
+                                (json_int_t)ram_length, "page-size", (int)PAGE,
+                                "base", (json_int_t)(uintptr_t)ram,
+                                "guest-address", 0, "descriptors", names),
+                      fds, given_count))
         return false;
     reply = receive_message(sock, &none);
     if (json_object_get(reply, "refused"))
-        errx(1, "the daemon refuses the guest: %s", json_string_value(
-            json_object_get(json_object_get(reply, "refused"), "reason")));
+        errx(1, "the daemon refuses the guest: %s",
+             json_string_value(
+                 json_object_get(json_object_get(reply, "refused"), "reason")));
     if (state == RUNNING)
         set_running(true);
     json_decref(reply);
@@ -399,8 +402,8 @@ static void serve(const char *path)
 
 int main(int argc, char **argv)
 {
-    if (argc != 4 || (strcmp(argv[3], "running") != 0 &&
-                      strcmp(argv[3], "incoming") != 0))
+    if (argc != 4 ||
+        (strcmp(argv[3], "running") != 0 && strcmp(argv[3], "incoming") != 0))
         errx(2, "usage: attach_vmm SOCKET SIZE running|incoming");
     ram_length = strtoull(argv[2], NULL, 10);
     if (ram_length < 2 * PAGE || ram_length % PAGE)

@@ -17,9 +17,9 @@ static bool parse(const char *text)
 static const json_t *at(const json_t *value, const char *const *path)
 {
     for (; *path; path++)
-        value = json_is_array(value)
-            ? json_array_get(value, (size_t)atoi(*path))
-            : json_object_get(value, *path);
+        value = json_is_array(value) ?
+                    json_array_get(value, (size_t)atoi(*path)) :
+                    json_object_get(value, *path);
     return value;
 }
 
@@ -137,7 +137,8 @@ static void test_name_bounds(void)
         memset(name, 'n', (size_t)length);
         snprintf(text, sizeof(text),
                  "{\"request\": \"keep\", \"id\": 1,"
-                 " \"arguments\": {\"name\": \"%s\"}}", name);
+                 " \"arguments\": {\"name\": \"%s\"}}",
+                 name);
         CHECK_EQ(parse(text), length >= 1 && length <= 255);
         if (length >= 1 && length <= 255)
             CHECK_TEXT(message.name, name);
@@ -162,7 +163,14 @@ static void test_bad_ids(void)
 static void test_no_message(void)
 {
     static const char *const texts[] = {
-        "", "{", "[]", "{}", "null", "1", "\"stop\"", "{\"request\": 1}",
+        "",
+        "{",
+        "[]",
+        "{}",
+        "null",
+        "1",
+        "\"stop\"",
+        "{\"request\": 1}",
         "{\"request\": \"stop\", \"id\": 1} x",
         "{\"request\": \"stop\", \"id\": 1, \"id\": 2}",
         "{\"request\": \"\xff\", \"id\": 1}",
@@ -186,7 +194,8 @@ static void test_size_bound(void)
 
 static void test_cut_everywhere(void)
 {
-    const char *text = "{\"request\": \"load\", \"id\": 1, \"arguments\": "
+    const char *text =
+        "{\"request\": \"load\", \"id\": 1, \"arguments\": "
         "{\"name\": \"microvm\", \"version\": 1, \"length\": 12}}";
     size_t length = strlen(text);
 
@@ -201,11 +210,20 @@ static const pid_t threads[] = { 12, 13 };
 static const char *const names[] = { "userfaultfd", "pagemap", "block:ram" };
 
 static const struct attach_hello hello = {
-    .machine = "m", .device = "d", .device_version = UINT32_MAX,
-    .state = "running", .pid = 11, .vcpus = threads, .vcpu_count = 2,
-    .idstr = "ram", .length = 1ull << 40, .page_size = 4096,
-    .base = 0x7f0000000000, .guest_address = 0,
-    .descriptors = names, .descriptor_count = 3,
+    .machine = "m",
+    .device = "d",
+    .device_version = UINT32_MAX,
+    .state = "running",
+    .pid = 11,
+    .vcpus = threads,
+    .vcpu_count = 2,
+    .idstr = "ram",
+    .length = 1ull << 40,
+    .page_size = 4096,
+    .base = 0x7f0000000000,
+    .guest_address = 0,
+    .descriptors = names,
+    .descriptor_count = 3,
 };
 
 /* What the text holds; the text itself is freed. */

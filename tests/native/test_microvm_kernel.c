@@ -134,8 +134,8 @@ static void test_no_pvh_note(void)
 
 static void test_entry_outside(void)
 {
-    static const uint64_t entries[] = {
-        0, 0x1fffff, 0x200010, 0x100200004, UINT64_MAX };
+    static const uint64_t entries[] = { 0, 0x1fffff, 0x200010, 0x100200004,
+                                        UINT64_MAX };
     struct image image = good();
 
     for (size_t i = 0; i < sizeof(entries) / sizeof(entries[0]); i++) {

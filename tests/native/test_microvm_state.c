@@ -29,8 +29,8 @@ static bool refused_with(size_t offset, uint8_t value, const char *words)
     bool refused;
 
     bytes[offset] = value;
-    refused = !state_parse(bytes, length, &state, &why) &&
-              strstr(why.text, words);
+    refused =
+        !state_parse(bytes, length, &state, &why) && strstr(why.text, words);
     free(bytes);
     return refused;
 }
@@ -98,8 +98,8 @@ static void test_record_too_long(void)
 static void test_foreign(void)
 {
     CHECK(!state_parse("", 0, &state, &why));
-    CHECK(!state_parse("QEVM this is another program's state", 36, &state,
-                       &why));
+    CHECK(
+        !state_parse("QEVM this is another program's state", 36, &state, &why));
     CHECK(refused_with(0, 'Q', "no device state of microvm"));
 }
 

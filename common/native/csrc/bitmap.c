@@ -69,7 +69,8 @@ bool bitmap_test_and_set(struct bitmap *b, uint64_t bit)
     uint64_t mask = UINT64_C(1) << (bit % WORD_BITS);
 
     return __atomic_fetch_or(&b->words[bit / WORD_BITS], mask,
-                             __ATOMIC_SEQ_CST) & mask;
+                             __ATOMIC_SEQ_CST) &
+           mask;
 }
 
 bool bitmap_test_and_clear(struct bitmap *b, uint64_t bit)
@@ -77,7 +78,8 @@ bool bitmap_test_and_clear(struct bitmap *b, uint64_t bit)
     uint64_t mask = UINT64_C(1) << (bit % WORD_BITS);
 
     return __atomic_fetch_and(&b->words[bit / WORD_BITS], ~mask,
-                              __ATOMIC_SEQ_CST) & mask;
+                              __ATOMIC_SEQ_CST) &
+           mask;
 }
 
 /* The bits of [first, end) that lie in word `word`. */

@@ -145,8 +145,7 @@ struct result channel_writev_locked(struct channel *c, struct iovec *iov,
 
 struct result channel_write(struct channel *c, const void *data, size_t size)
 {
-    struct iovec iov = { .iov_base = (void *)(uintptr_t)data,
-                         .iov_len = size };
+    struct iovec iov = { .iov_base = (void *)(uintptr_t)data, .iov_len = size };
     struct result r;
 
     channel_lock(c);

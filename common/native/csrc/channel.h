@@ -27,13 +27,13 @@ struct channel {
 
     pthread_mutex_t mutex;
     pthread_cond_t turn;
-    uint64_t ticket_next;    /* protected by mutex */
-    uint64_t ticket_serving; /* protected by mutex */
+    uint64_t ticket_next;               /* protected by mutex */
+    uint64_t ticket_serving;            /* protected by mutex */
     const struct ram_block *last_block; /* CONTINUE state of the writer,
                                            protected by the channel's lock */
-    uint64_t bytes_sent;     /* atomic; written under the lock */
+    uint64_t bytes_sent;                /* atomic; written under the lock */
 
-    uint8_t *buffer;         /* what was read ahead: [start, end) */
+    uint8_t *buffer; /* what was read ahead: [start, end) */
     size_t start;
     size_t end;
     uint64_t bytes_received; /* atomic; the reader's */

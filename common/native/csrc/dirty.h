@@ -20,9 +20,9 @@ enum dirty_way { DIRTY_NEVER, DIRTY_UNKNOWN, DIRTY_WP_ASYNC };
 
 struct dirty {
     struct ram *ram;
-    int32_t way;  /* enum dirty_way */
-    int uffd;     /* negotiated with UFFD_CAN_WP_ASYNC */
-    int pagemap;  /* of the guest's process */
+    int32_t way; /* enum dirty_way */
+    int uffd;    /* negotiated with UFFD_CAN_WP_ASYNC */
+    int pagemap; /* of the guest's process */
 };
 
 /* Every page becomes dirty, and from here on every write is seen. */

@@ -17,6 +17,7 @@ struct result result_errno(enum result_kind kind, const char *what, int err)
 
 struct result result_stream(const char *what, uint64_t offset, uint64_t got)
 {
-    return (struct result){ .kind = RESULT_STREAM, .what = what,
-                            .offset = offset, .got = got };
+    return (struct result){
+        .kind = RESULT_STREAM, .what = what, .offset = offset, .got = got
+    };
 }

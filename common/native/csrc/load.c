@@ -47,8 +47,7 @@ static bool in_postcopy(const struct loader *l)
     return __atomic_load_n(&l->d->listening, __ATOMIC_SEQ_CST);
 }
 
-static struct result bad_stream(struct loader *l, const char *why,
-                                uint64_t got)
+static struct result bad_stream(struct loader *l, const char *why, uint64_t got)
 {
     return result_stream(why, channel_position(l->channel), got);
 }
@@ -66,13 +65,12 @@ static struct result place_claimed(struct loader *l, struct run *run)
     for (uint32_t i = 0; i <= run->count; i++) {
         struct result r;
 
-        if (i < run->count &&
-            place_claim(l->d, run->block, run->page + i)) {
+        if (i < run->count && place_claim(l->d, run->block, run->page + i)) {
             continue;
         }
         if (i > from) {
-            r = place_pages(l->d, run->block, run->page + from,
-                            run->iov + from, i - from);
+            r = place_pages(l->d, run->block, run->page + from, run->iov + from,
+                            i - from);
             if (!RESULT_IS_OK(r)) {
                 return r;
             }
@@ -89,8 +87,8 @@ static struct result run_flush(struct loader *l)
 
     if (run->count) {
         r = in_postcopy(l) ?
-            place_claimed(l, run) :
-            place_early(l->d, run->block, run->page, run->iov, run->count);
+                place_claimed(l, run) :
+                place_early(l->d, run->block, run->page, run->iov, run->count);
     }
     run->count = 0;
     return r;
@@ -108,22 +106,20 @@ static struct result run_add(struct loader *l, struct ram_block *b,
         run->block = b;
         run->page = page;
     }
-    run->iov[run->count++] = (struct iovec){ .iov_base = data,
-                                             .iov_len = TARGET_PAGE_SIZE };
+    run->iov[run->count++] =
+        (struct iovec){ .iov_base = data, .iov_len = TARGET_PAGE_SIZE };
     return r;
 }
 
 /* --- huge pages in postcopy --------------------------------------------- */
 
-static void assembly_begin(struct loader *l, struct ram_block *b,
-                           uint64_t host)
+static void assembly_begin(struct loader *l, struct ram_block *b, uint64_t host)
 {
     struct assembly *a = &l->assembly;
 
     *a = (struct assembly){ .block = b, .host = host };
     a->dropped = !place_claim(l->d, b, host);
-    a->at = a->dropped ? l->scratch :
-                         place_huge_at(l->d, b, host, l->scratch);
+    a->at = a->dropped ? l->scratch : place_huge_at(l->d, b, host, l->scratch);
 }
 
 /* What is under the assembly holds old bytes that a zero page must clear. */
@@ -271,8 +267,10 @@ static struct result next_record_untrusted(struct loader *l, bool *end)
     if (!rec.block) {
         return result_ok();
     }
-    return take_page(l, &rec, rec.flags & RAM_SAVE_FLAG_PAGE ?
-                     c->buffer + c->start - TARGET_PAGE_SIZE : NULL);
+    return take_page(l, &rec,
+                     rec.flags & RAM_SAVE_FLAG_PAGE ?
+                         c->buffer + c->start - TARGET_PAGE_SIZE :
+                         NULL);
 }
 
 struct result load_records(struct loader *l)
@@ -380,8 +378,8 @@ static struct result load_discard_untrusted(struct loader *l, size_t length)
         return bad_stream(l, "discard without whole ranges", length);
     }
     for (; in < end; in += 16) {
-        struct result r = discard_range(l, b, wire_get_be64(in),
-                                        wire_get_be64(in + 8));
+        struct result r =
+            discard_range(l, b, wire_get_be64(in), wire_get_be64(in + 8));
 
         if (!RESULT_IS_OK(r)) {
             return r;

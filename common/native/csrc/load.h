@@ -3,8 +3,8 @@
  *
  * One loader per channel, run by one thread. On the main channel load_main()
  * takes whole RAM sections and discards, and returns in front of everything
- * else, which is Python's to read. On the preempt channel, which has no sections,
- * load_preempt() takes records until the channel ends.
+ * else, which is Python's to read. On the preempt channel, which has no
+ * sections, load_preempt() takes records until the channel ends.
  */
 #ifndef POSTCOPY_LOAD_H
 #define POSTCOPY_LOAD_H
@@ -27,9 +27,9 @@ struct run {
 struct assembly {
     struct ram_block *block; /* NULL: none is under way */
     uint64_t host;
-    uint64_t count;          /* target pages so far */
-    bool dropped;            /* it was here before */
-    bool data;               /* not only zero pages so far */
+    uint64_t count; /* target pages so far */
+    bool dropped;   /* it was here before */
+    bool data;      /* not only zero pages so far */
     uint8_t *at;
 };
 
@@ -37,15 +37,15 @@ struct loader {
     struct destination *d;
     struct channel *channel;
     bool preempt;
-    uint32_t section_id;     /* of "ram", from its START; main channel only */
-    uint32_t advised;        /* discards are legal now */
-    uint32_t discards;       /* commands seen */
-    uint32_t ended;          /* the RAM section's END was read */
-    uint8_t next;            /* the byte that load_main() stopped before */
-    struct ram_block *last;  /* CONTINUE state */
+    uint32_t section_id;    /* of "ram", from its START; main channel only */
+    uint32_t advised;       /* discards are legal now */
+    uint32_t discards;      /* commands seen */
+    uint32_t ended;         /* the RAM section's END was read */
+    uint8_t next;           /* the byte that load_main() stopped before */
+    struct ram_block *last; /* CONTINUE state */
     struct run run;
     struct assembly assembly;
-    uint8_t *scratch;        /* one largest host page */
+    uint8_t *scratch; /* one largest host page */
     size_t scratch_length;
 };
 

@@ -30,8 +30,8 @@ static uint64_t largest_page(const struct ram *ram)
 }
 
 struct result destination_open(struct destination *d, struct ram *ram,
-                               int32_t way, int uffd,
-                               const uint32_t *vcpus, uint32_t vcpu_count)
+                               int32_t way, int uffd, const uint32_t *vcpus,
+                               uint32_t vcpu_count)
 {
     size_t size = (size_t)largest_page(ram);
     void *zeroes;
@@ -68,13 +68,12 @@ void destination_close(struct destination *d)
 
 /* --- before the guest runs ---------------------------------------------- */
 
-static struct result punch(struct ram_block *b, uint64_t start,
-                           uint64_t length)
+static struct result punch(struct ram_block *b, uint64_t start, uint64_t length)
 {
     if (fallocate(b->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                   (off_t)start, (off_t)length) < 0) {
-        return result_errno(RESULT_HOST,
-                            "fallocate(PUNCH_HOLE) of a RAM block", errno);
+        return result_errno(RESULT_HOST, "fallocate(PUNCH_HOLE) of a RAM block",
+                            errno);
     }
     bitmap_clear_range(&b->populated, start >> b->host_bits,
                        length >> b->host_bits);
@@ -129,8 +128,8 @@ static struct result register_blocks(struct destination *d)
 {
     for (uint32_t i = 0; i < d->ram->count; i++) {
         struct ram_block *b = &d->ram->blocks[i];
-        struct result r = uffd_register(d->uffd, b->base, b->length,
-                                        fault_modes(d));
+        struct result r =
+            uffd_register(d->uffd, b->base, b->length, fault_modes(d));
 
         if (!RESULT_IS_OK(r)) {
             return r;
@@ -219,8 +218,8 @@ static struct result write_file(struct ram_block *b, uint64_t offset,
             continue;
         }
         if (done < 0) {
-            struct result r = result_errno(RESULT_HOST,
-                                           "writing to a RAM block", errno);
+            struct result r =
+                result_errno(RESULT_HOST, "writing to a RAM block", errno);
 
             r.offset = offset;
             return r;
@@ -336,11 +335,10 @@ static struct result map_range(struct destination *d, struct ram_block *b,
     uint64_t end = host + count;
 
     while (host < end) {
-        struct result r = uffd_continue(d->uffd, address_of(b, host),
-                                        (end - host) << b->host_bits,
-                                        b->page_size);
-        uint64_t done = RESULT_IS_OK(r) ? end - host :
-                                          r.offset >> b->host_bits;
+        struct result r =
+            uffd_continue(d->uffd, address_of(b, host),
+                          (end - host) << b->host_bits, b->page_size);
+        uint64_t done = RESULT_IS_OK(r) ? end - host : r.offset >> b->host_bits;
 
         bitmap_set_range(&b->mapped, host, done);
         host += done;
@@ -361,9 +359,9 @@ static struct result copy_pages(struct destination *d, struct ram_block *b,
                                 uint32_t count)
 {
     for (uint32_t i = 0; i < count; i++) {
-        struct result r = uffd_copy(d->uffd, address_of(b, host + i),
-                                    iov[i].iov_base, b->page_size,
-                                    b->page_size);
+        struct result r =
+            uffd_copy(d->uffd, address_of(b, host + i), iov[i].iov_base,
+                      b->page_size, b->page_size);
 
         if (!RESULT_IS_OK(r)) {
             return r;
@@ -391,8 +389,8 @@ struct result place_pages(struct destination *d, struct ram_block *b,
                           uint64_t host, struct iovec *iov, uint32_t count)
 {
     struct result r = d->way == PLACE_COPY ?
-        copy_pages(d, b, host, iov, count) :
-        write_pages(d, b, host, iov, count);
+                          copy_pages(d, b, host, iov, count) :
+                          write_pages(d, b, host, iov, count);
 
     if (RESULT_IS_OK(r)) {
         account(d, b, host, count);
@@ -405,8 +403,8 @@ static struct result resolve_hole(struct destination *d, struct ram_block *b,
                                   uint64_t host)
 {
     if (!block_is_huge(b)) {
-        struct result r = uffd_zero(d->uffd, address_of(b, host),
-                                    b->page_size, b->page_size);
+        struct result r =
+            uffd_zero(d->uffd, address_of(b, host), b->page_size, b->page_size);
 
         /* Unmapped some day (swap), its fault needs a CONTINUE. */
         bitmap_test_and_set(&b->populated, host);
@@ -414,8 +412,8 @@ static struct result resolve_hole(struct destination *d, struct ram_block *b,
     }
     /* hugetlbfs has no UFFDIO_ZEROPAGE. */
     if (d->way == PLACE_COPY) {
-        return uffd_copy(d->uffd, address_of(b, host), d->zeroes,
-                         b->page_size, b->page_size);
+        return uffd_copy(d->uffd, address_of(b, host), d->zeroes, b->page_size,
+                         b->page_size);
     }
     *(volatile uint8_t *)(b->map + (host << b->host_bits));
     bitmap_test_and_set(&b->populated, host);

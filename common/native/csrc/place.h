@@ -34,14 +34,14 @@
 enum place_way { PLACE_FILE, PLACE_CONTINUE, PLACE_COPY };
 
 struct destination_stats {
-    uint64_t precopy_pages;    /* target pages that arrived, as the next */
+    uint64_t precopy_pages; /* target pages that arrived, as the next */
     uint64_t postcopy_pages;
-    uint64_t preempt_pages;    /* of these, on the preempt channel */
-    uint64_t zero_pages;       /* of all, as zero pages */
-    uint64_t duplicate_pages;  /* arrived although they were here */
-    uint64_t faults;           /* events read */
-    uint64_t faults_here;      /* of these, on pages that were here */
-    uint64_t faults_known;     /* of these, on pages already asked for */
+    uint64_t preempt_pages;   /* of these, on the preempt channel */
+    uint64_t zero_pages;      /* of all, as zero pages */
+    uint64_t duplicate_pages; /* arrived although they were here */
+    uint64_t faults;          /* events read */
+    uint64_t faults_here;     /* of these, on pages that were here */
+    uint64_t faults_known;    /* of these, on pages already asked for */
 };
 
 struct destination {
@@ -59,8 +59,8 @@ struct destination {
 };
 
 struct result destination_open(struct destination *d, struct ram *ram,
-                               int32_t way, int uffd,
-                               const uint32_t *vcpus, uint32_t vcpu_count);
+                               int32_t way, int uffd, const uint32_t *vcpus,
+                               uint32_t vcpu_count);
 void destination_close(struct destination *d);
 
 /* Forget all content: every block reads as zero afterwards. */

@@ -11,8 +11,8 @@
 
 /* A page's head and its data, the section's head and tail. */
 #define BATCH_IOVS (2 * BATCH_PAGES + 2)
-#define BATCH_HEADS (BATCH_PAGES * WIRE_HEADER_MAX + WIRE_PART_HEAD + \
-                     WIRE_PART_TAIL)
+#define BATCH_HEADS \
+    (BATCH_PAGES * WIRE_HEADER_MAX + WIRE_PART_HEAD + WIRE_PART_TAIL)
 /*
  * While pages are owed and requests share the main channel, a request waits
  * for at most this much in front of it.
@@ -166,8 +166,9 @@ static void extent_find(struct extent *e, const struct ram_block *b,
     off_t data = lseek(b->fd, (off_t)offset, SEEK_DATA);
     off_t end;
 
-    *e = (struct extent){ .block = b, .start = offset, .data = offset,
-                          .end = b->length };
+    *e = (struct extent){
+        .block = b, .start = offset, .data = offset, .end = b->length
+    };
     if (data < 0) {
         /* ENXIO: a hole up to the end. Else the file system can't tell. */
         e->data = errno == ENXIO ? b->length : offset;
@@ -372,8 +373,7 @@ uint64_t source_owed_pages(const struct source *s)
     return pages;
 }
 
-static struct result write_discard(struct source *s,
-                                   const struct ram_block *b,
+static struct result write_discard(struct source *s, const struct ram_block *b,
                                    const struct wire_range *ranges,
                                    uint32_t count)
 {
@@ -514,8 +514,7 @@ struct result pump_postcopy(struct source *s)
             r = channel_wait_room(s->main);
         }
         if (RESULT_IS_OK(r) &&
-            !fill_postcopy(s, &s->batch,
-                           batch_size(s, POSTCOPY_BATCH_PAGES))) {
+            !fill_postcopy(s, &s->batch, batch_size(s, POSTCOPY_BATCH_PAGES))) {
             break;
         }
         if (RESULT_IS_OK(r)) {
@@ -532,8 +531,8 @@ struct result pump_postcopy(struct source *s)
     return result_ok();
 }
 
-static struct result write_urgent_locked(struct source *s,
-                                         struct ram_block *b, uint64_t host)
+static struct result write_urgent_locked(struct source *s, struct ram_block *b,
+                                         uint64_t host)
 {
     struct batch *batch = &s->urgent_batch;
     bool own_channel = s->urgent != s->main;

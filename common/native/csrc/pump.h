@@ -27,16 +27,16 @@ _Static_assert(BATCH_PAGES >= HOST_PAGE_MAX / TARGET_PAGE_SIZE,
                "a host page is never split");
 
 struct source_stats {
-    uint64_t normal_pages;   /* sent with data, precopy and postcopy */
-    uint64_t zero_pages;     /* sent as ZERO records */
-    uint64_t background_pages; /* target pages, in postcopy, unasked */
-    uint64_t urgent_pages;   /* target pages, in postcopy, requested */
+    uint64_t normal_pages;      /* sent with data, precopy and postcopy */
+    uint64_t zero_pages;        /* sent as ZERO records */
+    uint64_t background_pages;  /* target pages, in postcopy, unasked */
+    uint64_t urgent_pages;      /* target pages, in postcopy, requested */
     uint64_t urgent_on_preempt; /* of these, on the preempt channel */
-    uint64_t requests;       /* messages that asked for pages */
-    uint64_t requests_late;  /* of these, for pages already sent */
-    uint64_t background_waits; /* the pump waited for a channel's lock */
-    uint64_t hole_pages;     /* of zero_pages, found without reading them */
-    struct histogram serve;  /* request read .. page handed to the kernel */
+    uint64_t requests;          /* messages that asked for pages */
+    uint64_t requests_late;     /* of these, for pages already sent */
+    uint64_t background_waits;  /* the pump waited for a channel's lock */
+    uint64_t hole_pages;        /* of zero_pages, found without reading them */
+    struct histogram serve;     /* request read .. page handed to the kernel */
 };
 
 struct batch {
@@ -44,7 +44,7 @@ struct batch {
     size_t iov_count;
     uint8_t *heads;
     size_t head_used;
-    size_t head_open;  /* start of the heads not yet in iov */
+    size_t head_open; /* start of the heads not yet in iov */
     uint32_t pages;
     uint32_t zeros;
     const struct ram_block *last;
@@ -63,13 +63,13 @@ struct source {
     struct channel *main;
     struct channel *urgent; /* the preempt channel, or main without one */
     uint32_t section_id;
-    struct limit limit;     /* of background pages */
-    int wake_fd;            /* eventfd: look at limit and yield again */
-    uint32_t yield;         /* atomic: leave the pass as soon as possible */
-    uint32_t ended;         /* atomic: EOF was written, closing is no error */
-    uint64_t hint;          /* atomic: 1 + where a request was, see pump.c */
+    struct limit limit; /* of background pages */
+    int wake_fd;        /* eventfd: look at limit and yield again */
+    uint32_t yield;     /* atomic: leave the pass as soon as possible */
+    uint32_t ended;     /* atomic: EOF was written, closing is no error */
+    uint64_t hint;      /* atomic: 1 + where a request was, see pump.c */
 
-    uint32_t cursor_block;  /* pump thread only, as the next three */
+    uint32_t cursor_block; /* pump thread only, as the next three */
     uint64_t cursor_page;
     struct batch batch;
     struct extent extent;

@@ -132,7 +132,8 @@ struct result ram_prepare_destination(struct ram *ram)
         struct ram_block *b = &ram->blocks[i];
         /* write() does not work on hugetlbfs: those are filled by mapping. */
         struct result r = block_is_huge(b) ?
-            map_block(b, PROT_READ | PROT_WRITE) : result_ok();
+                              map_block(b, PROT_READ | PROT_WRITE) :
+                              result_ok();
 
         if (RESULT_IS_OK(r)) {
             r = bitmap_open(&b->received, block_pages(b));

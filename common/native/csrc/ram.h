@@ -29,8 +29,8 @@ struct ram_block {
     unsigned host_bits; /* log2 of page_size */
     uint64_t base;      /* in the guest's process; 0 if nobody runs on it */
     int fd;
-    uint8_t *map;       /* our mapping: the source reads through it, the
-                           destination writes huge pages through it */
+    uint8_t *map; /* our mapping: the source reads through it, the
+                     destination writes huge pages through it */
     size_t map_length;
 
     /* Source. */

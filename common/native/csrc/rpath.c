@@ -33,8 +33,7 @@ static struct result wait_for_message(struct source *s)
         if (fds[1].revents) {
             return result_ok();
         }
-        if (fds[2].revents &&
-            !__atomic_load_n(&s->ended, __ATOMIC_SEQ_CST)) {
+        if (fds[2].revents && !__atomic_load_n(&s->ended, __ATOMIC_SEQ_CST)) {
             return result_of(RESULT_CLOSED, "preempt channel");
         }
     }
@@ -119,8 +118,7 @@ struct result rpath_run(struct source *s, struct rp_message *message)
         if (!RESULT_IS_OK(r)) {
             return r;
         }
-        if (message->type != RP_REQ_PAGES &&
-            message->type != RP_REQ_PAGES_ID) {
+        if (message->type != RP_REQ_PAGES && message->type != RP_REQ_PAGES_ID) {
             return r;
         }
         if (message->length < REQ_PAGES_LENGTH) {

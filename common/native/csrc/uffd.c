@@ -22,8 +22,8 @@
 
 #define MISSING (FEATURE_MISSING_HUGETLBFS | FEATURE_MISSING_SHMEM)
 #define MINOR (FEATURE_MINOR_HUGETLBFS | FEATURE_MINOR_SHMEM)
-#define WP_ASYNC (FEATURE_WP_HUGETLBFS_SHMEM | FEATURE_WP_UNPOPULATED | \
-                  FEATURE_WP_ASYNC)
+#define WP_ASYNC \
+    (FEATURE_WP_HUGETLBFS_SHMEM | FEATURE_WP_UNPOPULATED | FEATURE_WP_ASYNC)
 
 struct continue_arg {
     struct uffdio_range range;
@@ -39,7 +39,7 @@ static const struct {
 } offers[] = {
     { MISSING | FEATURE_THREAD_ID | MINOR | WP_ASYNC,
       UFFD_CAN_MISSING | UFFD_CAN_THREAD_ID | UFFD_CAN_MINOR |
-      UFFD_CAN_WP_ASYNC },
+          UFFD_CAN_WP_ASYNC },
     { MISSING | FEATURE_THREAD_ID | MINOR,
       UFFD_CAN_MISSING | UFFD_CAN_THREAD_ID | UFFD_CAN_MINOR },
     { MISSING | FEATURE_THREAD_ID, UFFD_CAN_MISSING | UFFD_CAN_THREAD_ID },
@@ -123,7 +123,8 @@ typedef int place_once(int uffd, uint64_t start, const void *from,
 static int copy_once(int uffd, uint64_t start, const void *from,
                      uint64_t length, int64_t *done)
 {
-    struct uffdio_copy arg = { .dst = start, .len = length,
+    struct uffdio_copy arg = { .dst = start,
+                               .len = length,
                                .src = (uint64_t)(uintptr_t)from };
     int n = ioctl(uffd, UFFDIO_COPY, &arg);
 
@@ -134,8 +135,7 @@ static int copy_once(int uffd, uint64_t start, const void *from,
 static int zero_once(int uffd, uint64_t start, const void *from,
                      uint64_t length, int64_t *done)
 {
-    struct uffdio_zeropage arg = { .range = { .start = start,
-                                              .len = length } };
+    struct uffdio_zeropage arg = { .range = { .start = start, .len = length } };
     int n = ioctl(uffd, UFFDIO_ZEROPAGE, &arg);
 
     (void)from;
@@ -179,8 +179,8 @@ static struct result place_range(place_once *once, const char *what, int uffd,
             at += page_size;
         } else {
             bool gone = errno == ESRCH || errno == ENOENT;
-            struct result r = result_errno(gone ? RESULT_GUEST : RESULT_HOST,
-                                           what, errno);
+            struct result r =
+                result_errno(gone ? RESULT_GUEST : RESULT_HOST, what, errno);
 
             r.offset = at;
             return r;
@@ -199,8 +199,8 @@ struct result uffd_copy(int uffd, uint64_t to, const void *from,
 struct result uffd_zero(int uffd, uint64_t start, uint64_t length,
                         uint64_t page_size)
 {
-    return place_range(zero_once, "UFFDIO_ZEROPAGE", uffd, start, NULL,
-                       length, page_size);
+    return place_range(zero_once, "UFFDIO_ZEROPAGE", uffd, start, NULL, length,
+                       page_size);
 }
 
 struct result uffd_continue(int uffd, uint64_t start, uint64_t length,

@@ -18,7 +18,7 @@
 #define WAITERS_MAX 512 /* faults of more threads at once go unmeasured */
 
 struct vcpu_wait {
-    uint32_t thread;     /* thread id, as userfaultfd reports it */
+    uint32_t thread; /* thread id, as userfaultfd reports it */
     uint32_t blocked;
     uint64_t blocked_ns; /* time in which it waited */
     uint64_t faults;     /* waits that ended */
@@ -35,7 +35,7 @@ struct waiter {
 struct waiting {
     pthread_mutex_t mutex; /* protects all but the atomics below */
     struct waiter waiters[WAITERS_MAX];
-    uint32_t count;        /* atomic; changed under the mutex */
+    uint32_t count; /* atomic; changed under the mutex */
     struct vcpu_wait vcpus[VCPUS_MAX];
     uint32_t vcpu_count;
     uint32_t vcpus_blocked;

@@ -26,7 +26,7 @@
 
 /* be64, name, and the zero byte of a ZERO record. */
 #define WIRE_HEADER_MAX (8 + 1 + IDSTR_MAX + 1)
-#define WIRE_PART_HEAD 5          /* type, be32 section id */
+#define WIRE_PART_HEAD 5           /* type, be32 section id */
 #define WIRE_PART_TAIL (8 + 1 + 4) /* EOS, footer, be32 section id */
 
 static inline void wire_put_be32(uint8_t *out, uint32_t value)

@@ -6,8 +6,8 @@
 /* Reading */
 
 struct argument {
-    bool name;    /* "name", 1 to ATTACH_NAME_MAX bytes */
-    bool state;   /* "version" and "length" */
+    bool name;  /* "name", 1 to ATTACH_NAME_MAX bytes */
+    bool state; /* "version" and "length" */
 };
 
 static const struct {
@@ -162,8 +162,8 @@ bool attach_parse(const void *bytes, size_t length, struct attach_message *m,
     root = json_loadb(bytes, length, JSON_REJECT_DUPLICATES, &error);
     if (!root)
         return fail(why, "not JSON: %s", error.text);
-    good = json_is_object(root) ? read_message(root, m, why)
-                                : fail(why, "not a JSON object");
+    good = json_is_object(root) ? read_message(root, m, why) :
+                                  fail(why, "not a JSON object");
     json_decref(root);
     return good;
 }
@@ -198,11 +198,9 @@ static json_t *string_array(const char *const *strings, size_t count)
 
 static json_t *block_array(const struct attach_hello *h)
 {
-    return json_pack("[{s:s, s:I, s:I, s:I, s:I}]",
-                     "idstr", h->idstr,
-                     "length", (json_int_t)h->length,
-                     "page-size", (json_int_t)h->page_size,
-                     "base", (json_int_t)h->base,
+    return json_pack("[{s:s, s:I, s:I, s:I, s:I}]", "idstr", h->idstr, "length",
+                     (json_int_t)h->length, "page-size",
+                     (json_int_t)h->page_size, "base", (json_int_t)h->base,
                      "guest-address", (json_int_t)h->guest_address);
 }
 
@@ -210,15 +208,12 @@ char *attach_hello_text(const struct attach_hello *h)
 {
     return dump(json_pack(
         "{s:{s:i, s:s, s:{s:s, s:I}, s:s, s:i, s:o, s:o, s:o, s:s*}}", "attach",
-        "version", ATTACH_VERSION,
-        "machine", h->machine,
-        "device", "name", h->device, "version", (json_int_t)h->device_version,
-        "state", h->state,
-        "pid", (int)h->pid,
-        "vcpus", thread_array(h->vcpus, h->vcpu_count),
-        "blocks", block_array(h),
-        "descriptors", string_array(h->descriptors, h->descriptor_count),
-        "no-userfaultfd", h->no_userfaultfd));
+        "version", ATTACH_VERSION, "machine", h->machine, "device", "name",
+        h->device, "version", (json_int_t)h->device_version, "state", h->state,
+        "pid", (int)h->pid, "vcpus", thread_array(h->vcpus, h->vcpu_count),
+        "blocks", block_array(h), "descriptors",
+        string_array(h->descriptors, h->descriptor_count), "no-userfaultfd",
+        h->no_userfaultfd));
 }
 
 char *attach_return_text(int64_t id)
@@ -228,20 +223,19 @@ char *attach_return_text(int64_t id)
 
 char *attach_saved_text(int64_t id, uint64_t length)
 {
-    return dump(json_pack("{s:{s:I}, s:I, s:[s]}", "return",
-                          "length", (json_int_t)length,
-                          "id", (json_int_t)id,
+    return dump(json_pack("{s:{s:I}, s:I, s:[s]}", "return", "length",
+                          (json_int_t)length, "id", (json_int_t)id,
                           "descriptors", "state"));
 }
 
 char *attach_error_text(int64_t id, const char *sentence)
 {
-    return dump(json_pack("{s:s, s:I}", "error", sentence,
-                          "id", (json_int_t)id));
+    return dump(
+        json_pack("{s:s, s:I}", "error", sentence, "id", (json_int_t)id));
 }
 
 char *attach_shutdown_text(const char *reason)
 {
-    return dump(json_pack("{s:s, s:{s:s}}", "event", "shutdown",
-                          "data", "reason", reason));
+    return dump(json_pack("{s:s, s:{s:s}}", "event", "shutdown", "data",
+                          "reason", reason));
 }

@@ -42,8 +42,8 @@ struct attach_message {
     enum attach_kind kind;
     enum attach_request request;
     int64_t id;
-    uint32_t version;  /* of the protocol in ATTACHED, of the state in LOAD */
-    uint64_t length;   /* LOAD: bytes of device state */
+    uint32_t version; /* of the protocol in ATTACHED, of the state in LOAD */
+    uint64_t length;  /* LOAD: bytes of device state */
     char name[ATTACH_NAME_MAX + 1]; /* LOAD: of the device; KEEP, FORGET */
     char text[ATTACH_TEXT_MAX + 1]; /* REFUSED: why; cut if longer */
 };

@@ -96,16 +96,15 @@ static bool place_kernel(const struct ram *ram, const char *path,
     return good;
 }
 
-static uint32_t make_memory_map(const struct ram *ram,
-                                struct pvh_memory map[3])
+static uint32_t make_memory_map(const struct ram *ram, struct pvh_memory map[3])
 {
     uint64_t low = ram_low(ram);
 
     map[0] = (struct pvh_memory){ 0, BASE_MEMORY, PVH_MEMORY_RAM, 0 };
     map[1] = (struct pvh_memory){ KERNEL_LOWEST, low - KERNEL_LOWEST,
-                                        PVH_MEMORY_RAM, 0 };
-    map[2] = (struct pvh_memory){ RAM_HIGH, ram->length - low,
-                                        PVH_MEMORY_RAM, 0 };
+                                  PVH_MEMORY_RAM, 0 };
+    map[2] =
+        (struct pvh_memory){ RAM_HIGH, ram->length - low, PVH_MEMORY_RAM, 0 };
     return ram->length > low ? 3 : 2;
 }
 

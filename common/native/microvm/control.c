@@ -129,24 +129,27 @@ static void send_attach(struct control *c)
     offer_all(c, o);
     for (unsigned i = 0; i < gate->count; i++)
         threads[i] = gate->threads[i]->id;
-    send_text(c, attach_hello_text(&(struct attach_hello){
-        .machine = c->machine,
-        .device = c->engine->device,
-        .device_version = STATE_VERSION,
-        .state = state_words[c->state],
-        .pid = getpid(),
-        .vcpus = threads,
-        .vcpu_count = gate->count,
-        .idstr = RAM_IDSTR,
-        .length = c->ram->length,
-        .page_size = c->ram->page_size,
-        .base = (uintptr_t)c->ram->base,
-        .guest_address = 0,
-        .descriptors = o->names,
-        .descriptor_count = o->count,
-        .no_userfaultfd = c->ram->userfaultfd < 0
-            ? c->ram->no_userfaultfd.text : NULL,
-    }), o->descriptors, o->count);
+    send_text(
+        c,
+        attach_hello_text(&(struct attach_hello){
+            .machine = c->machine,
+            .device = c->engine->device,
+            .device_version = STATE_VERSION,
+            .state = state_words[c->state],
+            .pid = getpid(),
+            .vcpus = threads,
+            .vcpu_count = gate->count,
+            .idstr = RAM_IDSTR,
+            .length = c->ram->length,
+            .page_size = c->ram->page_size,
+            .base = (uintptr_t)c->ram->base,
+            .guest_address = 0,
+            .descriptors = o->names,
+            .descriptor_count = o->count,
+            .no_userfaultfd =
+                c->ram->userfaultfd < 0 ? c->ram->no_userfaultfd.text : NULL,
+        }),
+        o->descriptors, o->count);
     free(o);
 }
 
@@ -238,11 +241,15 @@ static bool check_load(const struct control *c, const struct attach_message *m,
         return fail(why, "the guest is %s, not incoming",
                     state_words[c->state]);
     if (strcmp(m->name, c->engine->device) != 0)
-        return fail(why, "this guest loads device state of '%s', not of "
-                    "'%s'", c->engine->device, m->name);
+        return fail(why,
+                    "this guest loads device state of '%s', not of "
+                    "'%s'",
+                    c->engine->device, m->name);
     if (m->version > STATE_VERSION)
-        return fail(why, "device state version %u is newer than this "
-                    "program's %u", m->version, STATE_VERSION);
+        return fail(why,
+                    "device state version %u is newer than this "
+                    "program's %u",
+                    m->version, STATE_VERSION);
     if (m->length < 1 || m->length > STATE_MAX)
         return fail(why, "%llu bytes of device state, expected 1 to %u",
                     (unsigned long long)m->length, STATE_MAX);
@@ -494,8 +501,7 @@ bool control_run(struct control *c, struct fail *why)
         }
         /* Nothing is left of an ended guest that a daemon could move. */
         if (has_ended(c)) {
-            fail(why, "the guest has ended: %s",
-                 c->engine->gate.reason.text);
+            fail(why, "the guest has ended: %s", c->engine->gate.reason.text);
             break;
         }
         sleep_ms(RETRY_FIRST_MS);

@@ -28,11 +28,11 @@ struct control {
     const char *machine;
     const struct ram *ram;
     struct engine *engine;
-    enum guest_state state;  /* GUEST_RUNNING starts once it is attached */
+    enum guest_state state; /* GUEST_RUNNING starts once it is attached */
     int link;
     bool attached;
     bool ever_attached;
-    bool told_end;           /* the daemon knows that the guest has ended */
+    bool told_end; /* the daemon knows that the guest has ended */
     bool quit;
     size_t kept_count;
     struct kept kept[KEPT_MAX];

@@ -9,8 +9,8 @@
 #include "state.h"
 
 struct engine {
-    const char *device;  /* name of its device state in the attach message */
-    struct gate gate;    /* its threads are the vCPUs, in order */
+    const char *device; /* name of its device state in the attach message */
+    struct gate gate;   /* its threads are the vCPUs, in order */
     unsigned vcpus;
 
     /* The guest is stopped, and stays so. */

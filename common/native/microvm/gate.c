@@ -132,7 +132,7 @@ bool gate_close(struct gate *gate, struct fail *why)
     }
     pthread_mutex_unlock(&gate->lock);
     return closed || fail(why, "a vCPU waits in the kernel for a page and "
-                          "cannot be stopped before it comes");
+                               "cannot be stopped before it comes");
 }
 
 void gate_enter(struct gate_thread *thread)

@@ -26,23 +26,23 @@
 struct gate_thread {
     struct gate *gate;
     void (*run)(struct gate_thread *);
-    volatile uint8_t *kick;          /* set by the handler */
-    volatile uint8_t *may_escape;    /* NULL: never */
+    volatile uint8_t *kick;       /* set by the handler */
+    volatile uint8_t *may_escape; /* NULL: never */
     sigjmp_buf escape;
     pthread_t thread;
     pid_t id;
 };
 
 struct gate {
-    pthread_mutex_t lock;    /* protects what follows */
+    pthread_mutex_t lock; /* protects what follows */
     pthread_cond_t changed;
     bool open;
     bool ended;
-    unsigned inside;         /* threads between gate_enter and gate_leave */
+    unsigned inside; /* threads between gate_enter and gate_leave */
     struct gate_thread *threads[GATE_THREADS_MAX];
     unsigned count;
-    struct fail reason;      /* why it ended */
-    int event;               /* eventfd, readable once the guest has ended */
+    struct fail reason; /* why it ended */
+    int event;          /* eventfd, readable once the guest has ended */
 };
 
 bool gate_create(struct gate *gate, struct fail *why);

@@ -42,13 +42,16 @@ static bool add_segment(struct file f, const Elf64_Phdr *p, uint64_t low,
     if (p->p_filesz > p->p_memsz || !file_range(f, p->p_offset, p->p_filesz))
         return fail(why, "a segment goes past the end of the file");
     if (p->p_paddr < low || p->p_paddr > high || p->p_memsz > high - p->p_paddr)
-        return fail(why, "a segment at 0x%llx does not fit the RAM from 0x%llx "
-                    "to 0x%llx", (unsigned long long)p->p_paddr,
-                    (unsigned long long)low, (unsigned long long)high);
+        return fail(why,
+                    "a segment at 0x%llx does not fit the RAM from 0x%llx "
+                    "to 0x%llx",
+                    (unsigned long long)p->p_paddr, (unsigned long long)low,
+                    (unsigned long long)high);
     if (kernel->count == KERNEL_SEGMENTS_MAX)
         return fail(why, "more than %u segments", KERNEL_SEGMENTS_MAX);
-    kernel->segments[kernel->count++] = (struct kernel_segment){
-        p->p_offset, p->p_filesz, p->p_paddr, p->p_memsz };
+    kernel->segments[kernel->count++] =
+        (struct kernel_segment){ p->p_offset, p->p_filesz, p->p_paddr,
+                                 p->p_memsz };
     return true;
 }
 
@@ -96,7 +99,7 @@ static bool is_in_segment(const struct kernel *kernel, uint64_t address)
 }
 
 bool kernel_parse(const void *bytes, size_t length, uint64_t low, uint64_t high,
-               struct kernel *kernel, struct fail *why)
+                  struct kernel *kernel, struct fail *why)
 {
     struct file f = { bytes, length };
     uint64_t entry = UINT64_MAX;

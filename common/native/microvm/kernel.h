@@ -23,11 +23,11 @@ struct kernel_segment {
 struct kernel {
     struct kernel_segment segments[KERNEL_SEGMENTS_MAX];
     size_t count;
-    uint32_t entry;     /* inside one of the segments */
+    uint32_t entry; /* inside one of the segments */
 };
 
 /* Segments must lie in guest physical addresses from `low` up to `high`. */
 bool kernel_parse(const void *bytes, size_t length, uint64_t low, uint64_t high,
-               struct kernel *kernel, struct fail *why);
+                  struct kernel *kernel, struct fail *why);
 
 #endif

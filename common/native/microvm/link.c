@@ -80,8 +80,10 @@ bool link_receive(int fd, struct packet *packet)
     struct iovec part = { packet->bytes, sizeof(packet->bytes) };
     union control control;
     struct msghdr header = {
-        .msg_iov = &part, .msg_iovlen = 1,
-        .msg_control = control.bytes, .msg_controllen = sizeof(control.bytes),
+        .msg_iov = &part,
+        .msg_iovlen = 1,
+        .msg_control = control.bytes,
+        .msg_controllen = sizeof(control.bytes),
     };
     ssize_t got;
 

@@ -94,8 +94,8 @@ static bool parse_vcpus(const char *text, struct options *o, struct fail *why)
 static bool parse_accel(const char *text, struct options *o, struct fail *why)
 {
     static const char *const words[] = {
-        [ACCEL_AUTO] = "auto", [ACCEL_KVM] = "kvm",
-        [ACCEL_PROCESS] = "process" };
+        [ACCEL_AUTO] = "auto", [ACCEL_KVM] = "kvm", [ACCEL_PROCESS] = "process"
+    };
 
     for (unsigned i = 0; i < sizeof(words) / sizeof(words[0]); i++) {
         if (strcmp(text, words[i]) == 0) {
@@ -135,8 +135,20 @@ static bool check_options(const struct options *o, struct fail *why)
 static bool parse_options(int argc, char **argv, struct options *o,
                           struct fail *why)
 {
-    enum { ATTACH, MEMORY, HUGEPAGES, VCPUS, ACCEL, MACHINE, KERNEL, APPEND,
-           INCOMING, SERIAL, PAUSED, HELP };
+    enum {
+        ATTACH,
+        MEMORY,
+        HUGEPAGES,
+        VCPUS,
+        ACCEL,
+        MACHINE,
+        KERNEL,
+        APPEND,
+        INCOMING,
+        SERIAL,
+        PAUSED,
+        HELP
+    };
     static const struct option known[] = {
         { "attach", required_argument, NULL, ATTACH },
         { "memory", required_argument, NULL, MEMORY },
@@ -155,24 +167,51 @@ static bool parse_options(int argc, char **argv, struct options *o,
     bool good = true;
     int option;
 
-    *o = (struct options){
-        .machine = "postcopyd-1", .append = "", .serial = "stdout",
-        .page_size = RAM_SMALL_PAGE, .vcpus = 1 };
+    *o = (struct options){ .machine = "postcopyd-1",
+                           .append = "",
+                           .serial = "stdout",
+                           .page_size = RAM_SMALL_PAGE,
+                           .vcpus = 1 };
     while (good && (option = getopt_long(argc, argv, "", known, NULL)) != -1) {
         switch (option) {
-        case ATTACH: o->attach = optarg; break;
-        case MEMORY: good = parse_memory(optarg, o, why); break;
-        case HUGEPAGES: good = parse_hugepages(optarg, o, why); break;
-        case VCPUS: good = parse_vcpus(optarg, o, why); break;
-        case ACCEL: good = parse_accel(optarg, o, why); break;
-        case MACHINE: o->machine = optarg; break;
-        case KERNEL: o->kernel = optarg; break;
-        case APPEND: o->append = optarg; break;
-        case INCOMING: o->incoming = true; break;
-        case SERIAL: o->serial = optarg; break;
-        case PAUSED: o->paused = true; break;
-        case HELP: o->attach = NULL; return true;
-        default: return fail(why, "see microvm --help");
+        case ATTACH:
+            o->attach = optarg;
+            break;
+        case MEMORY:
+            good = parse_memory(optarg, o, why);
+            break;
+        case HUGEPAGES:
+            good = parse_hugepages(optarg, o, why);
+            break;
+        case VCPUS:
+            good = parse_vcpus(optarg, o, why);
+            break;
+        case ACCEL:
+            good = parse_accel(optarg, o, why);
+            break;
+        case MACHINE:
+            o->machine = optarg;
+            break;
+        case KERNEL:
+            o->kernel = optarg;
+            break;
+        case APPEND:
+            o->append = optarg;
+            break;
+        case INCOMING:
+            o->incoming = true;
+            break;
+        case SERIAL:
+            o->serial = optarg;
+            break;
+        case PAUSED:
+            o->paused = true;
+            break;
+        case HELP:
+            o->attach = NULL;
+            return true;
+        default:
+            return fail(why, "see microvm --help");
         }
     }
     if (good && optind < argc)

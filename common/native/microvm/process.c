@@ -75,10 +75,19 @@ static uint64_t measure_tsc_khz(void)
 /* State */
 
 enum field {
-    FIELD_SEED, FIELD_WRITE_RATE, FIELD_SWEEP, FIELD_MODE,
-    FIELD_TABLE_OFFSET, FIELD_AREA_OFFSET, FIELD_AREA_PAGES,
-    FIELD_FIRST, FIELD_PAGES, FIELD_FILL_NEXT, FIELD_RANDOM,
-    FIELD_SWEEP_NEXT, FIELD_STEPS,
+    FIELD_SEED,
+    FIELD_WRITE_RATE,
+    FIELD_SWEEP,
+    FIELD_MODE,
+    FIELD_TABLE_OFFSET,
+    FIELD_AREA_OFFSET,
+    FIELD_AREA_PAGES,
+    FIELD_FIRST,
+    FIELD_PAGES,
+    FIELD_FILL_NEXT,
+    FIELD_RANDOM,
+    FIELD_SWEEP_NEXT,
+    FIELD_STEPS,
     FIELDS,
 };
 
@@ -112,8 +121,7 @@ static bool is_sane(const struct ram *ram, const uint64_t v[FIELDS])
     uint64_t pages = ram->length / GUEST_PAGE;
     uint64_t table_pages = (v[FIELD_AREA_PAGES] + 1023) / 1024;
 
-    return v[FIELD_MODE] <= REPORT_IDLE &&
-           v[FIELD_AREA_PAGES] <= pages &&
+    return v[FIELD_MODE] <= REPORT_IDLE && v[FIELD_AREA_PAGES] <= pages &&
            v[FIELD_AREA_OFFSET] % GUEST_PAGE == 0 &&
            v[FIELD_AREA_OFFSET] / GUEST_PAGE <= pages - v[FIELD_AREA_PAGES] &&
            v[FIELD_TABLE_OFFSET] % GUEST_PAGE == 0 &&
@@ -197,8 +205,8 @@ bool process_create(struct process *process, const struct ram *ram,
                     unsigned vcpus, struct serial *serial, struct fail *why)
 {
     process->engine = (struct engine){
-        .device = "microvm-process",
-        .vcpus = vcpus, .save = save, .load = load };
+        .device = "microvm-process", .vcpus = vcpus, .save = save, .load = load
+    };
     process->ram = ram;
     process->tsc_khz = measure_tsc_khz();
     output = serial;

@@ -11,12 +11,12 @@
 #include "serial.h"
 
 struct worker {
-    struct gate_thread thread;  /* first: a gate_thread that is a worker */
+    struct gate_thread thread; /* first: a gate_thread that is a worker */
     struct workload workload;
 };
 
 struct process {
-    struct engine engine;       /* first: an engine that is a process */
+    struct engine engine; /* first: an engine that is a process */
     const struct ram *ram;
     uint64_t tsc_khz;
     struct worker workers[STATE_VCPUS_MAX];

@@ -17,7 +17,8 @@
 
 static bool no_huge_pages(const struct ram *ram, struct fail *why)
 {
-    return fail(why, "the pool of 2 MiB pages is too small for %llu bytes of "
+    return fail(why,
+                "the pool of 2 MiB pages is too small for %llu bytes of "
                 "RAM: set vm.nr_hugepages to %llu more than are in use",
                 (unsigned long long)ram->length,
                 (unsigned long long)(ram->length / RAM_HUGE_PAGE));
@@ -107,7 +108,8 @@ static void open_userfaultfd(struct ram *ram, bool for_kernel)
     if (ram->userfaultfd >= 0)
         return;
     if (errno == EPERM)
-        fail(&ram->no_userfaultfd, "userfaultfd is not permitted: let this "
+        fail(&ram->no_userfaultfd,
+             "userfaultfd is not permitted: let this "
              "user open /dev/userfaultfd or set vm.unprivileged_userfaultfd=1");
     else
         fail(&ram->no_userfaultfd, "this kernel has no userfaultfd: %s",
@@ -118,8 +120,7 @@ static bool open_pagemap(struct ram *ram, struct fail *why)
 {
     ram->pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
     if (ram->pagemap < 0)
-        return fail(why, "cannot open /proc/self/pagemap: %s",
-                    strerror(errno));
+        return fail(why, "cannot open /proc/self/pagemap: %s", strerror(errno));
     return true;
 }
 

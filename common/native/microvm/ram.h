@@ -21,11 +21,11 @@
 #define RAM_HIGH (4ull << 30)
 
 struct ram {
-    uint8_t *base;       /* multiple of 2 MiB */
+    uint8_t *base; /* multiple of 2 MiB */
     uint64_t length;
     uint64_t page_size;
     int memfd;
-    int userfaultfd;     /* raw: no ioctl done on it; -1: see the reason */
+    int userfaultfd; /* raw: no ioctl done on it; -1: see the reason */
     struct fail no_userfaultfd;
     int pagemap;
 };

@@ -15,8 +15,8 @@ bool serial_open(struct serial *serial, const char *where, struct fail *why)
     if (strncmp(where, "file:", 5) != 0)
         return fail(why, "--serial is 'stdout' or 'file:PATH', not '%s'",
                     where);
-    serial->fd = open(where + 5, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC,
-                      0644);
+    serial->fd =
+        open(where + 5, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
     if (serial->fd < 0)
         return fail(why, "cannot open %s: %s", where + 5, strerror(errno));
     return true;

@@ -12,11 +12,11 @@
 #include <stdint.h>
 
 struct serial {
-    pthread_mutex_t lock;  /* protects what follows */
+    pthread_mutex_t lock; /* protects what follows */
     int fd;
     size_t used;
     char line[512];
-    uint8_t scratch;       /* not saved; see guest/ports.h */
+    uint8_t scratch; /* not saved; see guest/ports.h */
 };
 
 /* `where` is "stdout" or "file:PATH". */

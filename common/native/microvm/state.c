@@ -49,8 +49,10 @@ static bool parse_header(const uint8_t *bytes, size_t length,
     if (length < HEADER_SIZE || memcmp(bytes, MAGIC, 8) != 0)
         return fail(why, "this is no device state of microvm");
     if (get32(bytes + 8) != STATE_VERSION)
-        return fail(why, "the device state has version %u, this program reads "
-                    "version %u", get32(bytes + 8), STATE_VERSION);
+        return fail(why,
+                    "the device state has version %u, this program reads "
+                    "version %u",
+                    get32(bytes + 8), STATE_VERSION);
     state->accel = get32(bytes + 12);
     state->vcpus = get32(bytes + 16);
     state->count = get32(bytes + RECORDS_OFFSET);
@@ -68,8 +70,10 @@ static bool check_record(const struct state *state, uint32_t index,
     const struct state_record *first = state_find(state, r->vcpu, r->type);
 
     if (r->type < STATE_MP_STATE || r->type > STATE_WORKER)
-        return fail(why, "record %u of the device state has the unknown type "
-                    "%u", index, r->type);
+        return fail(why,
+                    "record %u of the device state has the unknown type "
+                    "%u",
+                    index, r->type);
     if (r->vcpu >= state->vcpus && r->vcpu != STATE_WHOLE_VM)
         return fail(why, "record %u of the device state is about vCPU %u of %u",
                     index, r->vcpu, state->vcpus);

@@ -12,11 +12,11 @@
 #include <stdint.h>
 
 #define STATE_VERSION 1u
-#define STATE_MAX (8u << 20)        /* bytes of device state */
+#define STATE_MAX (8u << 20) /* bytes of device state */
 #define STATE_RECORD_MAX (512u << 10)
 #define STATE_RECORDS_MAX 256u
 #define STATE_VCPUS_MAX 8u
-#define STATE_WHOLE_VM 0xffffffffu  /* instead of a vCPU's number */
+#define STATE_WHOLE_VM 0xffffffffu /* instead of a vCPU's number */
 
 enum state_accel {
     STATE_KVM = 1,
@@ -25,18 +25,18 @@ enum state_accel {
 
 /* Contents as the kernel's header has it (x86), unless said otherwise. */
 enum state_type {
-    STATE_MP_STATE = 1, /* struct kvm_mp_state */
-    STATE_SREGS = 2,    /* struct kvm_sregs */
-    STATE_SREGS2 = 3,   /* struct kvm_sregs2 */
-    STATE_REGS = 4,     /* struct kvm_regs */
-    STATE_XCRS = 5,     /* struct kvm_xcrs */
-    STATE_XSAVE = 6,    /* struct kvm_xsave, as long as KVM says */
-    STATE_DEBUGREGS = 7,/* struct kvm_debugregs */
-    STATE_LAPIC = 8,    /* struct kvm_lapic_state */
-    STATE_MSRS = 9,     /* struct kvm_msr_entry, in the order to set them */
-    STATE_EVENTS = 10,  /* struct kvm_vcpu_events */
-    STATE_CLOCK = 11,   /* struct kvm_clock_data; of the whole VM */
-    STATE_WORKER = 12,  /* see process.c */
+    STATE_MP_STATE = 1,  /* struct kvm_mp_state */
+    STATE_SREGS = 2,     /* struct kvm_sregs */
+    STATE_SREGS2 = 3,    /* struct kvm_sregs2 */
+    STATE_REGS = 4,      /* struct kvm_regs */
+    STATE_XCRS = 5,      /* struct kvm_xcrs */
+    STATE_XSAVE = 6,     /* struct kvm_xsave, as long as KVM says */
+    STATE_DEBUGREGS = 7, /* struct kvm_debugregs */
+    STATE_LAPIC = 8,     /* struct kvm_lapic_state */
+    STATE_MSRS = 9,      /* struct kvm_msr_entry, in the order to set them */
+    STATE_EVENTS = 10,   /* struct kvm_vcpu_events */
+    STATE_CLOCK = 11,    /* struct kvm_clock_data; of the whole VM */
+    STATE_WORKER = 12,   /* see process.c */
 };
 
 struct state_record {

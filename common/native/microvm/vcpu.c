@@ -33,9 +33,8 @@ static void set_apic_id(struct kvm_cpuid_entry2 *entry, unsigned index)
 
 static bool set_cpuid(struct vcpu *vcpu, struct fail *why)
 {
-    struct kvm_cpuid2 *cpuid =
-        calloc(1, sizeof(*cpuid) +
-                  CPUID_ENTRIES * sizeof(struct kvm_cpuid_entry2));
+    struct kvm_cpuid2 *cpuid = calloc(
+        1, sizeof(*cpuid) + CPUID_ENTRIES * sizeof(struct kvm_cpuid_entry2));
     bool good;
 
     if (!cpuid)
@@ -59,8 +58,8 @@ bool vcpu_create(struct vcpu *vcpu, int kvm, int vm, unsigned index,
 {
     int size = ioctl(kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
 
-    *vcpu = (struct vcpu){
-        .kvm = kvm, .vm = vm, .index = index, .serial = serial };
+    *vcpu =
+        (struct vcpu){ .kvm = kvm, .vm = vm, .index = index, .serial = serial };
     vcpu->fd = ioctl(vm, KVM_CREATE_VCPU, (unsigned long)index);
     if (vcpu->fd < 0 || size <= 0)
         return fail(why, "cannot create vCPU %u: %s", index, strerror(errno));
@@ -77,7 +76,8 @@ bool vcpu_start_at(struct vcpu *vcpu, uint32_t entry, uint32_t start_info,
                    struct fail *why)
 {
     const struct kvm_segment flat = {
-        .limit = 0xffffffff, .present = 1, .db = 1, .s = 1, .g = 1 };
+        .limit = 0xffffffff, .present = 1, .db = 1, .s = 1, .g = 1
+    };
     struct kvm_regs regs = { .rip = entry, .rbx = start_info, .rflags = 2 };
     struct kvm_sregs sregs;
 

@@ -14,7 +14,7 @@
 #include <linux/kvm.h>
 
 struct vcpu {
-    struct gate_thread thread;  /* first: a gate_thread that is a vcpu */
+    struct gate_thread thread; /* first: a gate_thread that is a vcpu */
     int kvm;
     int vm;
     int fd;

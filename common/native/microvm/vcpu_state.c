@@ -15,8 +15,8 @@ struct part {
     const char *name;
     unsigned long get;
     unsigned long set;
-    size_t size;       /* 0: ask KVM (XSAVE) */
-    long capability;   /* 0: every KVM has it */
+    size_t size;     /* 0: ask KVM (XSAVE) */
+    long capability; /* 0: every KVM has it */
 };
 
 /*
@@ -31,10 +31,10 @@ static const struct part before_msrs[] = {
       sizeof(struct kvm_sregs2), KVM_CAP_SREGS2 },
     { STATE_SREGS, "SREGS", KVM_GET_SREGS, KVM_SET_SREGS,
       sizeof(struct kvm_sregs), 0 },
-    { STATE_REGS, "REGS", KVM_GET_REGS, KVM_SET_REGS,
-      sizeof(struct kvm_regs), 0 },
-    { STATE_XCRS, "XCRS", KVM_GET_XCRS, KVM_SET_XCRS,
-      sizeof(struct kvm_xcrs), KVM_CAP_XCRS },
+    { STATE_REGS, "REGS", KVM_GET_REGS, KVM_SET_REGS, sizeof(struct kvm_regs),
+      0 },
+    { STATE_XCRS, "XCRS", KVM_GET_XCRS, KVM_SET_XCRS, sizeof(struct kvm_xcrs),
+      KVM_CAP_XCRS },
     { STATE_XSAVE, "XSAVE", KVM_GET_XSAVE, KVM_SET_XSAVE, 0, KVM_CAP_XSAVE },
     { STATE_DEBUGREGS, "DEBUGREGS", KVM_GET_DEBUGREGS, KVM_SET_DEBUGREGS,
       sizeof(struct kvm_debugregs), KVM_CAP_DEBUGREGS },
@@ -62,8 +62,8 @@ static size_t part_size(const struct vcpu *vcpu, const struct part *part)
     if (part->size)
         return part->size;
     size = ioctl(vcpu->vm, KVM_CHECK_EXTENSION, KVM_CAP_XSAVE2);
-    return size > (int)sizeof(struct kvm_xsave) ? (size_t)size
-                                                : sizeof(struct kvm_xsave);
+    return size > (int)sizeof(struct kvm_xsave) ? (size_t)size :
+                                                  sizeof(struct kvm_xsave);
 }
 
 static unsigned long part_get(const struct part *part, size_t size)
@@ -275,9 +275,9 @@ bool vcpu_save(struct vcpu *vcpu, struct state_writer *w, struct fail *why)
 static bool is_complete(const struct vcpu *vcpu, const struct state *state,
                         struct fail *why)
 {
-    static const enum state_type needed[] = {
-        STATE_MP_STATE, STATE_REGS, STATE_XSAVE, STATE_LAPIC, STATE_MSRS,
-        STATE_EVENTS };
+    static const enum state_type needed[] = { STATE_MP_STATE, STATE_REGS,
+                                              STATE_XSAVE,    STATE_LAPIC,
+                                              STATE_MSRS,     STATE_EVENTS };
 
     for (size_t i = 0; i < COUNT(needed); i++) {
         if (!state_find(state, vcpu->index, needed[i]))
@@ -286,8 +286,10 @@ static bool is_complete(const struct vcpu *vcpu, const struct state *state,
     }
     if (!state_find(state, vcpu->index, STATE_SREGS) ==
         !state_find(state, vcpu->index, STATE_SREGS2))
-        return fail(why, "the device state has not one kind of system "
-                    "registers of vCPU %u", vcpu->index);
+        return fail(why,
+                    "the device state has not one kind of system "
+                    "registers of vCPU %u",
+                    vcpu->index);
     return true;
 }
 

@@ -47,8 +47,7 @@ static bool add_memory(struct vm *vm, uint32_t slot, uint64_t address,
         .userspace_addr = (uintptr_t)at,
     };
 
-    if (length > 0 &&
-        ioctl(vm->fd, KVM_SET_USER_MEMORY_REGION, &region) < 0)
+    if (length > 0 && ioctl(vm->fd, KVM_SET_USER_MEMORY_REGION, &region) < 0)
         return fail(why, "KVM does not take the RAM at 0x%llx: %s",
                     (unsigned long long)address, strerror(errno));
     return true;
@@ -59,8 +58,7 @@ static bool add_ram(struct vm *vm, const struct ram *ram, struct fail *why)
     uint64_t low = ram_low(ram);
 
     return add_memory(vm, 0, 0, low, ram->base, why) &&
-           add_memory(vm, 1, RAM_HIGH, ram->length - low, ram->base + low,
-                      why);
+           add_memory(vm, 1, RAM_HIGH, ram->length - low, ram->base + low, why);
 }
 
 /* Local APICs in the kernel and no other interrupt controller. */
@@ -151,7 +149,8 @@ bool vm_create(struct vm *vm, const struct ram *ram, unsigned vcpus,
                struct serial *serial, struct fail *why)
 {
     vm->engine = (struct engine){
-        .device = "microvm", .vcpus = vcpus, .save = save, .load = load };
+        .device = "microvm", .vcpus = vcpus, .save = save, .load = load
+    };
     vm->kvm = open_kvm(why);
     if (vm->kvm < 0)
         return false;

@@ -7,7 +7,7 @@
 #include "vcpu.h"
 
 struct vm {
-    struct engine engine;   /* first: an engine that is a vm */
+    struct engine engine; /* first: an engine that is a vm */
     int kvm;
     int fd;
     struct vcpu vcpus[STATE_VCPUS_MAX];

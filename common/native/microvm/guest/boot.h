@@ -9,7 +9,7 @@
 
 #define GUEST_VCPUS_MAX 8
 #define GUEST_STACK 16384
-#define GUEST_WINDOW 0x8000000000       /* the second entry of the page map */
+#define GUEST_WINDOW 0x8000000000 /* the second entry of the page map */
 #define GUEST_WINDOW_GIB 64
 #define AP_PAGE 0x8000
 

@@ -149,8 +149,7 @@ static uint64_t map_window(uint64_t mapped, uint64_t address, uint64_t size)
  */
 static uint64_t find_ram(const struct pvh_start_info *info)
 {
-    const struct pvh_memory *map =
-        (const void *)(uintptr_t)info->memory_map;
+    const struct pvh_memory *map = (const void *)(uintptr_t)info->memory_map;
     uint64_t mapped = 0;
 
     for (unsigned i = 0; i < GUEST_WINDOW_GIB; i++)

@@ -9,7 +9,9 @@ void *memset(void *to, int byte, size_t count)
     void *at = to;
 
     __asm__ volatile("rep stosb"
-                     : "+D"(at), "+c"(count) : "a"(byte) : "memory");
+                     : "+D"(at), "+c"(count)
+                     : "a"(byte)
+                     : "memory");
     return to;
 }
 
@@ -18,6 +20,8 @@ void *memcpy(void *to, const void *from, size_t count)
     void *at = to;
 
     __asm__ volatile("rep movsb"
-                     : "+D"(at), "+S"(from), "+c"(count) : : "memory");
+                     : "+D"(at), "+S"(from), "+c"(count)
+                     :
+                     : "memory");
     return to;
 }

@@ -53,13 +53,13 @@ struct report_header {
     uint32_t version;
     uint32_t vcpus;
     uint64_t tsc_khz;
-    uint64_t area_offset;  /* of the area in RAM, bytes */
+    uint64_t area_offset; /* of the area in RAM, bytes */
     uint64_t area_pages;
     uint64_t table_offset; /* of the table of generations in RAM, bytes */
     uint64_t seed;
-    uint64_t write_rate;   /* bytes per second, all vCPUs; 0: unlimited */
+    uint64_t write_rate; /* bytes per second, all vCPUs; 0: unlimited */
     uint32_t mode;
-    uint32_t filled;       /* 1 as soon as every vCPU has filled its slice */
+    uint32_t filled; /* 1 as soon as every vCPU has filled its slice */
     uint8_t reserved[GUEST_PAGE - 72];
 };
 
@@ -68,31 +68,31 @@ struct report_wrong {
     uint64_t word;
     uint64_t expected;
     uint64_t got;
-    uint32_t generation;   /* the one the table says */
+    uint32_t generation; /* the one the table says */
     uint32_t reserved;
 };
 
 struct report_counters {
     uint32_t state;
     uint32_t reserved0;
-    uint64_t counter;      /* steps done since the start; only ever grows */
-    uint64_t checked;      /* pages compared word by word */
-    uint64_t wrong;        /* pages that differed */
-    uint64_t written;      /* pages written after the fill */
-    uint64_t filled;       /* pages filled */
-    uint64_t sweeps;       /* times every page of the slice had its turn */
-    uint64_t slice_first;  /* page */
+    uint64_t counter;     /* steps done since the start; only ever grows */
+    uint64_t checked;     /* pages compared word by word */
+    uint64_t wrong;       /* pages that differed */
+    uint64_t written;     /* pages written after the fill */
+    uint64_t filled;      /* pages filled */
+    uint64_t sweeps;      /* times every page of the slice had its turn */
+    uint64_t slice_first; /* page */
     uint64_t slice_pages;
     struct report_wrong first_wrong;
     uint64_t slowest_ticks;
     uint64_t slowest_page;
-    uint64_t slow_ticks;   /* an access at least this long is a slow one */
-    uint64_t slow;         /* slow accesses; the last 128 are in the ring */
+    uint64_t slow_ticks; /* an access at least this long is a slow one */
+    uint64_t slow;       /* slow accesses; the last 128 are in the ring */
     uint8_t reserved[GUEST_PAGE - 144];
 };
 
 struct report_slow {
-    uint64_t tsc;          /* when it ended */
+    uint64_t tsc; /* when it ended */
     uint64_t ticks;
     uint64_t page;
     uint64_t counter;

@@ -21,13 +21,13 @@
 #include "report.h"
 
 struct settings {
-    uint64_t area;         /* bytes; 0: most of the RAM */
+    uint64_t area; /* bytes; 0: most of the RAM */
     uint64_t seed;
     uint64_t write_rate;
     uint64_t sweep;
-    uint64_t tsc_khz;      /* 0: not said */
+    uint64_t tsc_khz; /* 0: not said */
     uint32_t vcpus;
-    uint32_t mode;         /* enum report_mode */
+    uint32_t mode; /* enum report_mode */
 };
 
 struct settings settings_parse(const char *line);

@@ -82,8 +82,7 @@ void workload_init(struct workload *w, const struct platform *platform,
         .settings = *s,
         .layout = *l,
         .first = share * index,
-        .pages = index + 1 == s->vcpus
-            ? l->area_pages - share * index : share,
+        .pages = index + 1 == s->vcpus ? l->area_pages - share * index : share,
         .random = mix(s->seed + index) | 1,
     };
 }
@@ -347,8 +346,8 @@ static void access_step(struct workload *w)
 {
     bool sweep = is_sweep_step(w);
     uint64_t random = w->random;
-    uint64_t page = w->first +
-        (sweep ? w->sweep_next : next_random(&random) % w->pages);
+    uint64_t page =
+        w->first + (sweep ? w->sweep_next : next_random(&random) % w->pages);
     volatile uint64_t *words = page_words(w, page);
     uint32_t generation;
     uint64_t start, end;

@@ -40,23 +40,23 @@ struct layout {
 struct workload {
     const struct platform *platform;
     uint8_t *ram;
-    volatile uint8_t stop;     /* somebody wants the step to end early */
+    volatile uint8_t stop; /* somebody wants the step to end early */
     volatile uint8_t touching;
 
     uint32_t index;
     struct settings settings;
     struct layout layout;
-    uint64_t first;            /* page of the slice */
+    uint64_t first; /* page of the slice */
     uint64_t pages;
 
-    uint64_t fill_next;        /* of the slice: next page to fill */
-    uint64_t random;           /* state of the generator */
-    uint64_t sweep_next;       /* of the slice: next page in order */
+    uint64_t fill_next;  /* of the slice: next page to fill */
+    uint64_t random;     /* state of the generator */
+    uint64_t sweep_next; /* of the slice: next page in order */
     uint64_t steps;
-    uint64_t pace_tsc;         /* pages written since then: pace_pages */
+    uint64_t pace_tsc; /* pages written since then: pace_pages */
     uint64_t pace_pages;
-    uint64_t alive_tsc;        /* worker 0: when the next line is due */
-    uint64_t moved_tsc;        /* worker 0: when to ask moved() again */
+    uint64_t alive_tsc; /* worker 0: when the next line is due */
+    uint64_t moved_tsc; /* worker 0: when to ask moved() again */
 };
 
 /* False if `ram_size` bytes are too few for a page per worker. */
