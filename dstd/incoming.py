@@ -131,7 +131,7 @@ class IncomingMigration:
             async with trio.open_nursery() as self._standing:
                 await self._take(self._listener)
                 if self.status.now is M.POSTCOPY_PAUSED:
-                    await trio.sleep_forever()
+                    await self.guest.wait_gone()
                 self._standing.cancel_scope.cancel()
         except BaseException as error:
             cause = cause_of(error)
@@ -147,6 +147,7 @@ class IncomingMigration:
         self.status.set(M.ACTIVE)
         try:
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.guest.wait_gone)
                 nursery.start_soon(self._accept_more, listener, link)
                 await self._receive(link, nursery)
                 nursery.cancel_scope.cancel()

@@ -174,8 +174,13 @@ class OutgoingMigration:
         self._end(M.COMPLETED)
 
     async def _phases(self, address: Address) -> None:
-        await self._set_up()
-        if await self._precopy():
+        async with trio.open_nursery() as nursery:
+            # Its RAM outlives the guest's process, but nothing else of it does.
+            nursery.start_soon(self.guest.wait_gone)
+            await self._set_up()
+            converged = await self._precopy()
+            nursery.cancel_scope.cancel()
+        if converged:
             await self._complete_precopy()
         else:
             await self._postcopy(address)

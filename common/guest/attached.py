@@ -9,7 +9,7 @@ import os
 import socket
 import stat
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 import trio
 
@@ -101,6 +101,10 @@ class AttachedGuest:
             await self.keep("abilities", note)
         finally:
             os.close(note)
+
+    async def wait_gone(self) -> NoReturn:
+        await self.gone.wait()
+        raise GuestError(self.why)
 
     # -- requests
 

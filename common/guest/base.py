@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,6 +75,9 @@ class Guest(Protocol):
 
     no_userfaultfd: str | None
     """Why an attached guest came without a userfaultfd, and the fix."""
+
+    async def wait_gone(self) -> NoReturn:
+        """Raise GuestError once the guest's process is gone; without one wait."""
 
     async def stop(self) -> None: ...
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
+
+import trio
 
 from common.errors import HostError
 from common.guest.base import Device, GuestState, RamBlock, file_page_size
@@ -65,6 +67,10 @@ class ParkedGuest:
         self.machine = machine
         self.state = state
         self.blocks: Sequence[RamBlock] = tuple(_open_block(file) for file in files)
+
+    async def wait_gone(self) -> NoReturn:
+        while True:
+            await trio.sleep_forever()
 
     async def stop(self) -> None:
         self.state = GuestState.PAUSED

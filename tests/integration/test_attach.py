@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support import misbehaving_vmm as misbehaviour
-from support.daemons import POSTCOPY, Destination, Source
+from support.daemons import POSTCOPY, Destination, Source, move_postcopy, move_precopy
 from support.misbehaving_vmm import MisbehavingVmm
 
 if TYPE_CHECKING:
@@ -342,3 +347,169 @@ def test_answer_twice_is_refused(private_dir: Path) -> None:
         one.wait_hung_up()
         assert one.told_off == "an answer that nobody asked for"
         src.qmp.execute("query-name")
+
+
+# --- the examples, and guests that die or outlive their daemon ---------------------
+
+SIZE = 256 * 4096
+
+
+@pytest.fixture(scope="session")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """How to start each example; the one in C is built as it says itself."""
+    source = EXAMPLES / "attach_vmm.c"
+    line = re.search(r"cc -o attach_vmm attach_vmm.c .*", source.read_text())
+    assert line is not None
+    folder = tmp_path_factory.mktemp("example")
+    (folder / "attach_vmm.c").symlink_to(source)
+    subprocess.run(shlex.split(line[0]), cwd=folder, check=True)
+    return {
+        "c": [str(folder / "attach_vmm")],
+        "py": [sys.executable, str(EXAMPLES / "attach_vmm.py")],
+    }
+
+
+@contextmanager
+def example(
+    words: list[str], path: Path, state: str
+) -> Iterator[subprocess.Popen[str]]:
+    """A running example; it is killed in the end if it still runs."""
+    process = subprocess.Popen(
+        [*words, str(path), str(SIZE), state], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextmanager
+def example_pair(
+    directory: Path, old: list[str], new: list[str]
+) -> Iterator[tuple[Source, Destination, Any, Any]]:
+    with (
+        starting(source(directory)) as src,
+        starting(destination(directory)) as dst,
+        example(old, directory / "source", "running") as one,
+        example(new, directory / "destination", "incoming") as other,
+    ):
+        yield src(), dst(), one, other
+
+
+def registers(daemon: Source | Destination) -> tuple[int, int]:
+    """Counter and wrong pages, as the guest shows them in its page 0."""
+    path = daemon.directory / "registers"
+    daemon.execute("pmemsave", val=0, size=16, filename=str(path))
+    page = path.read_bytes()
+    return int.from_bytes(page[:8], "little"), int.from_bytes(page[8:], "little")
+
+
+def wait_counter(daemon: Source | Destination, more_than: int) -> int:
+    """Until the guest has come so far; without a wrong page."""
+    counter, wrong = registers(daemon)
+    while counter <= more_than and wrong == 0:
+        counter, wrong = registers(daemon)
+    assert wrong == 0
+    return counter
+
+
+@pytest.mark.parametrize(
+    "capabilities", [pytest.param((), id="precopy"), pytest.param(POSTCOPY, id="post")]
+)
+@pytest.mark.parametrize(("old", "new"), [("c", "c"), ("c", "py"), ("py", "c")])
+def test_examples_move(
+    private_dir: Path,
+    examples: dict[str, list[str]],
+    capabilities: tuple[str, ...],
+    old: str,
+    new: str,
+) -> None:
+    with example_pair(private_dir, examples[old], examples[new]) as sides:
+        src, dst, one, other = sides
+        src.set_capabilities(*capabilities)
+        dst.set_capabilities(*capabilities)
+        counter = wait_counter(src, 2 * SIZE // 4096)
+        if capabilities:
+            src.set_parameters(max_bandwidth=4096)
+            move_postcopy(src, dst)
+            assert dst.ours["postcopy-pages"] > 0
+        else:
+            move_precopy(src, dst)
+        wait_counter(dst, counter + 2 * SIZE // 4096)
+        assert one.poll() is None
+        assert other.poll() is None
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_vmm_dies_in_precopy(
+    private_dir: Path, examples: dict[str, list[str]], side: str
+) -> None:
+    """Both sides say so at once, not when the guest is needed next."""
+    with example_pair(private_dir, examples["c"], examples["c"]) as sides:
+        src, dst, one, other = sides
+        src.set_capabilities()
+        dst.set_capabilities()
+        counter = wait_counter(src, 2 * SIZE // 4096)
+        src.set_parameters(max_bandwidth=4096)
+        src.migrate(dst.listen())
+        src.wait_status("active")
+        dst.wait_status("active")
+        (one if side == "source" else other).kill()
+        assert src.wait_status("failed", "completed") == "failed"
+        assert dst.wait_status("failed", "completed") == "failed"
+        assert "guest's process" in src.query()["error-desc"]
+        if side == "source":
+            assert src.execute("query-status")["status"] == "shutdown"
+        else:
+            assert "guest's process" in dst.query()["error-desc"]
+            wait_counter(src, counter + SIZE // 4096)
+
+
+@pytest.mark.parametrize("language", ["c", "py"])
+@pytest.mark.parametrize("during", ["rest", "precopy"])
+def test_source_restarts(
+    private_dir: Path, examples: dict[str, list[str]], language: str, during: str
+) -> None:
+    """The guest outlives srcd, attaches to the next one, and can be moved."""
+    words = examples[language]
+    with (
+        example(words, private_dir / "source", "running") as vmm,
+        starting(destination(private_dir)) as started,
+        example(words, private_dir / "destination", "incoming"),
+    ):
+        dst = started()
+        dst.set_capabilities(*POSTCOPY)
+        with source(private_dir) as src:
+            counter = wait_counter(src, 2 * SIZE // 4096)
+            if during == "precopy":
+                src.set_capabilities()
+                src.set_parameters(max_bandwidth=4096)
+                with MisbehavingDestination(private_dir / "nowhere") as nowhere:
+                    src.migrate(f"unix:{nowhere}")
+                    src.wait_status("setup")
+            src.process.kill()
+            src.process.wait()
+        with source(private_dir) as src:
+            src.set_capabilities(*POSTCOPY)
+            assert src.execute("query-status")["running"]
+            counter = wait_counter(src, counter + SIZE // 4096)
+            move_postcopy(src, dst)
+            wait_counter(dst, counter + 2 * SIZE // 4096)
+            assert vmm.poll() is None
+
+
+class MisbehavingDestination:
+    """Takes connections and says nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> Path:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.bind(str(self.path))
+        self._socket.listen()
+        return self.path
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
