@@ -155,7 +155,9 @@ class SourceCommands:
             raise CommandError("Postcopy migration in progress, cannot cancel.")
         if self._migration and self._status.may(M.CANCELLING):
             if not self._migration.cancellable:
-                raise CommandError("Postcopy migration in progress, cannot cancel.")
+                raise CommandError(
+                    "The guest is being handed over, cannot cancel any more"
+                )
             self._status.set(M.CANCELLING)
             self._migration.cancel()
         return None

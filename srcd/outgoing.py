@@ -264,6 +264,7 @@ class OutgoingMigration:
         await self.pump.precopy_pass()
         self.times.mark("pages")
         state = await self._save()
+        self._owner = Owner.PACKAGED
         await self._main.write(state.ending())
         self.times.mark("send")
         if not self._return_path:

@@ -123,4 +123,4 @@ def _percentiles(histogram: CData) -> Mapping[str, Json]:
 
 
 def _ms(begin: float, end: float) -> int:
-    return int((end - begin) * 1000) if begin else 0
+    return int((end - begin) * 1000) if begin and end else 0

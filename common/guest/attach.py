@@ -23,7 +23,8 @@ MAX_DESCRIPTORS: Final = 128
 MAX_BLOCKS: Final = 64
 MAX_VCPUS: Final = 256
 MAX_IDSTR: Final = 255
-MAX_DEVICE_STATE: Final = 1 << 30
+# Fits the package of a stream (constants.MAX_PACKAGE) with room for the rest.
+MAX_DEVICE_STATE: Final = 48 << 20
 PAGE_SIZES: Final = (4096, 2 << 20)
 # Where a process can map anything on x86-64, and more than a guest can have.
 MAX_ADDRESS: Final = 1 << 56

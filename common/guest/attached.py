@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 
 # A VMM answers from a thread that does nothing else; only `load` may have to
 # wait for pages that are still to come over the network.
-MAX_SAVED: Final = 48 << 20  # fits the stream's package with room for the rest
 ANSWER_SECONDS: Final = 30.0
 LOAD_SECONDS: Final = 300.0
 FAREWELL_SECONDS: Final = 1.0
@@ -122,8 +121,12 @@ class AttachedGuest:
         value, fds = await self._request("save", wanted=(attach.STATE,))
         try:
             length = value.get("length")
-            if not isinstance(length, int) or not 0 < length <= MAX_SAVED:
-                raise GuestError(f"device state of length {length!r}", request="save")
+            if not isinstance(length, int) or not 0 < length <= attach.MAX_DEVICE_STATE:
+                raise GuestError(
+                    f"device state of length {length!r}; 1 to"
+                    f" {attach.MAX_DEVICE_STATE} bytes are allowed",
+                    request="save",
+                )
             state = os.pread(fds[0], length, 0)
         except OSError as error:
             raise GuestError(
