@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from common.qmp.message import Json
 
 MAX_PORT: Final = 65535
+MAX_OFFSET: Final = (1 << 63) - 1  # what lseek takes
 
 
 class AddressError(ValueError):
@@ -64,6 +65,7 @@ Address: TypeAlias = Tcp | Unix | File | Exec
 
 def parse(uri: str) -> Address:
     """The address that a URI names."""
+    _check(uri)
     scheme, colon, rest = uri.partition(":")
     match scheme if colon else "":
         case "tcp":
@@ -117,21 +119,35 @@ def _unix(path: str) -> Unix:
 def _file(rest: str) -> File:
     path, _, offset = rest.partition(",offset=")
     try:
-        return File(path, int(offset, 0) if offset else 0)
+        return _checked_file(path, int(offset, 0) if offset else 0)
     except ValueError:
         raise AddressError(
             f"file URI has bad offset {offset}: Invalid argument"
         ) from None
 
 
+def _checked_file(path: str, offset: int) -> File:
+    if not 0 <= offset <= MAX_OFFSET:
+        raise AddressError(f"file URI has bad offset {offset}: Invalid argument")
+    return File(path, offset)
+
+
+def _check(*texts: str) -> None:
+    """What the kernel ends at a zero byte would not be what was asked for."""
+    if any("\0" in text for text in texts):
+        raise AddressError("an address cannot contain a zero byte")
+
+
 def _of_channel(addr: Mapping[str, Json]) -> Address:
+    _check(*(text for text in addr.values() if isinstance(text, str)))
     match addr:
         case {"transport": "socket", "type": "inet", "host": str(host), "port": str(p)}:
             return _checked_tcp(host, p)
         case {"transport": "socket", "type": "unix", "path": str(path)}:
             return _unix(path)
         case {"transport": "file", "filename": str(path), "offset": int(offset)}:
-            return File(path, offset)
+            return _checked_file(path, offset)
         case {"transport": "exec", "args": list(words)} if words:
+            _check(*map(str, words))
             return Exec(tuple(str(word) for word in words))
     raise AddressError(f"unknown migration protocol: {addr.get('transport')}")

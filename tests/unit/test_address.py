@@ -1,0 +1,132 @@
+"""Migration addresses: what each form means, and QEMU's words for what is wrong."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common import address
+from common.address import AddressError, Exec, File, Tcp, Unix
+
+
+@pytest.mark.parametrize(
+    ("uri", "meaning", "text"),
+    [
+        ("tcp:localhost:4444", Tcp("localhost", "4444"), "localhost:4444"),
+        ("tcp::4444", Tcp("", "4444"), ":4444"),
+        ("tcp:0:0", Tcp("0", "0"), "0:0"),
+        ("tcp:[::1]:4444", Tcp("::1", "4444"), "[::1]:4444"),
+        ("tcp:host:65535", Tcp("host", "65535"), "host:65535"),
+        ("tcp:host:ssh", Tcp("host", "ssh"), "host:ssh"),
+        ("unix:/run/a b", Unix("/run/a b"), "/run/a b"),
+        ("file:/tmp/x", File("/tmp/x"), "/tmp/x"),
+        ("file:/tmp/x,offset=0x1000", File("/tmp/x", 4096), "/tmp/x"),
+        ("exec:cat >x", Exec(("/bin/sh", "-c", "cat >x")), "cat >x"),
+    ],
+)
+def test_uri(uri: str, meaning: address.Address, text: str) -> None:
+    assert address.parse(uri) == meaning
+    assert str(meaning) == text
+    assert address.of_arguments({"uri": uri}) == meaning
+
+
+@pytest.mark.parametrize(
+    ("uri", "text"),
+    [
+        ("", "unknown migration protocol: "),
+        ("defer", "unknown migration protocol: defer"),
+        ("tcp", "unknown migration protocol: tcp"),
+        ("TCP:localhost:1", "unknown migration protocol: TCP:localhost:1"),
+        ("rdma:host:1", "unknown migration protocol: rdma:host:1"),
+        ("fd:name", "unknown migration protocol: fd:name"),
+        ("tcp:", "error parsing address ''"),
+        ("tcp:foo", "error parsing address 'foo'"),
+        ("tcp:foo:", "error parsing address 'foo:'"),
+        ("tcp:::1:4444", "error parsing address '::1:4444'"),
+        ("tcp:host:65536", "port 65536 is larger than 65535"),
+        ("unix:", "invalid Unix socket address"),
+        ("file:x,offset=abc", "file URI has bad offset abc: Invalid argument"),
+        ("file:x,offset=-1", "file URI has bad offset -1: Invalid argument"),
+        (
+            f"file:x,offset={1 << 63}",
+            f"file URI has bad offset {1 << 63}: Invalid argument",
+        ),
+        ("unix:a\0b", "an address cannot contain a zero byte"),
+        ("file:a\0b", "an address cannot contain a zero byte"),
+        ("exec:a\0b", "an address cannot contain a zero byte"),
+        ("tcp:a\0b:1", "an address cannot contain a zero byte"),
+    ],
+)
+def test_bad_uri(uri: str, text: str) -> None:
+    with pytest.raises(AddressError) as error:
+        address.parse(uri)
+    assert str(error.value) == text
+
+
+def channel(**addr: Any) -> dict[str, Any]:
+    return {"channels": [{"channel-type": "main", "addr": addr}]}
+
+
+@pytest.mark.parametrize(
+    ("addr", "meaning"),
+    [
+        (
+            {"transport": "socket", "type": "inet", "host": "h", "port": "1"},
+            Tcp("h", "1"),
+        ),
+        ({"transport": "socket", "type": "unix", "path": "/p"}, Unix("/p")),
+        ({"transport": "file", "filename": "/f", "offset": 512}, File("/f", 512)),
+        ({"transport": "exec", "args": ["cat", "-"]}, Exec(("cat", "-"))),
+    ],
+)
+def test_channel(addr: dict[str, Any], meaning: address.Address) -> None:
+    assert address.of_arguments(channel(**addr)) == meaning
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({}, "need either 'uri' or 'channels' argument"),
+        ({"channels": []}, "need either 'uri' or 'channels' argument"),
+        (
+            {"uri": "unix:x"} | channel(transport="socket", type="unix", path="/p"),
+            "need either 'uri' or 'channels' argument",
+        ),
+        (
+            {"channels": channel(transport="exec", args=["a"])["channels"] * 2},
+            "Channel list must have only one entry, for type 'main'",
+        ),
+        (
+            {"channels": [{"channel-type": "cpr", "addr": {"transport": "exec"}}]},
+            "Channel list must have only one entry, for type 'main'",
+        ),
+        (channel(transport="rdma", host="h"), "unknown migration protocol: rdma"),
+        (channel(transport="exec", args=[]), "unknown migration protocol: exec"),
+        (
+            channel(transport="socket", type="vsock", cid="1", port="1"),
+            "unknown migration protocol: socket",
+        ),
+        (
+            channel(transport="file", filename="/f", offset=1 << 63),
+            f"file URI has bad offset {1 << 63}: Invalid argument",
+        ),
+        (
+            channel(transport="exec", args=["a\0"]),
+            "an address cannot contain a zero byte",
+        ),
+    ],
+)
+def test_bad_channel(arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(AddressError) as error:
+        address.of_arguments(arguments)
+    assert str(error.value) == text
+
+
+@given(scheme=st.sampled_from(["tcp:", "unix:", "file:", "exec:", ""]), rest=st.text())
+def test_any_uri(scheme: str, rest: str) -> None:
+    with suppress(AddressError):
+        address.parse(scheme + rest)
