@@ -203,14 +203,18 @@ async def _connect_socket(address: Tcp | Unix) -> int:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         else:
             sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            await sock.connect(address.path)
-    except OSError as error:
+            try:
+                await sock.connect(address.path)
+            except BaseException:
+                sock.close()
+                raise
+    except (OSError, UnicodeError) as error:
         reason = _reason(error)
         raise ChannelLost(f"Failed to connect to '{address}': {reason}") from None
     return sock.detach()
 
 
-def _reason(error: OSError) -> str:
+def _reason(error: OSError | UnicodeError) -> str:
     """trio gathers the failures of all addresses; the first one tells."""
     cause: BaseException | None = error.__cause__ or error
     while isinstance(cause, BaseExceptionGroup):
@@ -290,7 +294,7 @@ class Listener:
                 case Exec(arguments):
                     process = _run(arguments, stdout=subprocess.PIPE)
                     self._only = Channel(_take(process.stdout), "main", process=process)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             reason = _reason(error)
             raise HostError(
                 f"Failed to bind socket to {self.address}: {reason}"
@@ -306,8 +310,12 @@ class Listener:
         with suppress(FileNotFoundError):
             os.unlink(path)
         sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        await sock.bind(path)
-        sock.listen()
+        try:
+            await sock.bind(path)
+            sock.listen()
+        except BaseException:
+            sock.close()
+            raise
         self._path = path
         self._sockets = [sock]
 
