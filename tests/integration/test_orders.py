@@ -15,6 +15,7 @@ async def test_postcopy_asked_for_while_precopy_completes(moment: str) -> None:
 
         def order(name: str) -> None:
             if name == moment and both.outgoing.times.stopped:
+                both.write_late(8 * MIB, b"written just before the stop")
                 both.outgoing.start_postcopy()
 
         both.on_event = order

@@ -79,10 +79,9 @@ def test_huge_pages(
 
 def test_12_gib(private_dir: Path) -> None:
     """Two thirds of it filled: both copies have to fit into this machine."""
-    arguments = ("--memory", "12G", "--append", "area=7G")
     with (
-        Source(private_dir, *arguments) as src,
-        Destination(private_dir, *arguments) as dst,
+        Source(private_dir, "--memory", "12G", "--append", "area=7G") as src,
+        Destination(private_dir, "--memory", "12G") as dst,
     ):
         before = src.wait_filled(seconds=300)
         prepare(src, dst, *PREEMPT)

@@ -15,6 +15,7 @@ import trio
 from common import address, status
 from common.guest.base import GuestState
 from common.guest.parked import ParkedGuest, RamFile
+from common.native._native import ffi, lib
 from common.settings import Settings
 from common.status import MigrationStatus as M
 from dstd.incoming import IncomingMigration
@@ -59,6 +60,14 @@ class Pair:
     def _event(self, name: str, data: object) -> None:
         self.events.append(name)
         self.on_event(name)
+
+    def write_late(self, offset: int, data: bytes) -> None:
+        """What a guest writes that dirty tracking finds when it has stopped."""
+        with self.source_file.open("r+b") as file:
+            file.seek(offset)
+            file.write(data)
+        block = self.outgoing.pump.ram.native.blocks[0]
+        lib.bitmap_test_and_set(ffi.addressof(block, "dirty"), offset // PAGE)
 
     async def move(self) -> None:
         """To the end on both sides, and every byte equal."""
