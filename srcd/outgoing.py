@@ -91,7 +91,7 @@ class OutgoingMigration:
         self._sent_before = 0  # on channels that are closed
         self._return_path = False
         self._owner = Owner.SOURCE
-        self._was_running = guest.state is GuestState.RUNNING
+        self._was_running = False  # when it was stopped for the switchover
         self._postcopy_asked = False
         self._cancel_asked = False
         self._scope = trio.CancelScope()
@@ -241,8 +241,11 @@ class OutgoingMigration:
         self.sent.precopy = self.bytes_sent
         self.times.stopped = time.monotonic()
         self.pump.cut_short(False)
-        if self._was_running:
-            await self.guest.stop()
+        self._was_running = self.guest.state is GuestState.RUNNING
+        # Before and after: no `cont` comes behind this, and one that is under
+        # way has its word in between. That is why a paused guest is stopped too.
+        self._run_state("finish-migrate")
+        await self.guest.stop()
         self._run_state("finish-migrate")
         if self._was_running:
             self._emit("STOP", None)
