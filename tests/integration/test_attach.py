@@ -8,6 +8,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -333,6 +334,33 @@ def test_destination_killed_while_it_loads(private_dir: Path) -> None:
             assert src.wait_status("failed", "completed") == "failed"
             assert one.requests[-1] == "cont"
             assert src.execute("query-status")["running"]
+
+
+@pytest.mark.parametrize(
+    "capabilities", [pytest.param((), id="precopy"), pytest.param(POSTCOPY, id="post")]
+)
+def test_source_killed_while_destination_loads(
+    private_dir: Path, capabilities: tuple[str, ...]
+) -> None:
+    """Nothing was promised yet: the destination gives up and runs nothing."""
+    killed = threading.Event()
+
+    def load_later(vmm: MisbehavingVmm, request: dict[str, Any]) -> None:
+        assert killed.wait(PATIENCE)
+        vmm.say({"return": {}, "id": request["id"]})
+
+    with pair(private_dir, {}, {"load": load_later}) as (src, dst, one, other):
+        src.set_capabilities(*capabilities)
+        dst.set_capabilities(*capabilities)
+        src.migrate(dst.listen())
+        if capabilities:
+            src.execute("migrate-start-postcopy")
+        wait_request(other, "load")
+        src.process.kill()
+        one.wait_hung_up()
+        killed.set()
+        assert dst.wait_status("failed", "completed") == "failed"
+        assert "cont" not in other.requests
 
 
 def wait_request(vmm: MisbehavingVmm, name: str) -> None:
