@@ -272,9 +272,12 @@ class IncomingMigration:
     async def _arrive(self, link: Connection) -> None:
         """All is here: load the device state, take the guest over, run it."""
         await self._devices.load()
-        if link.peer.return_path and link.peer.is_srcd:
+        if link.peer.is_srcd:
             await link.peer.say(returnpath.Pong(c.PING_LOADED))
             await link.peer.wait_for_commit()
+        else:
+            # Before the guest runs here: if this fails it goes on there.
+            await link.peer.let_go()
         await self._start_guest(self._devices.running and not self._paused())
         await self._complete(link)
 

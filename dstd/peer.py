@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
@@ -13,6 +14,8 @@ from common.stream import constants as c
 
 if TYPE_CHECKING:
     from common.channel import Channel
+
+log = logging.getLogger(__name__)
 
 # How long telling the source why may take.
 LAST_WORDS_SECONDS: Final = 10.0
@@ -30,6 +33,7 @@ class Peer:
         self.is_srcd = False
         self.preempts = False  # srcd only: it will open a preempt channel
         self.committed = trio.Event()
+        self._let_go = False
 
     async def command(self) -> command.Command:
         """The command behind the type byte that was read last."""
@@ -43,14 +47,19 @@ class Peer:
         """Answer a PING, and note what ours mean."""
         if not self.return_path:
             raise StreamError("PING without a return path", got=value)
+        if value == c.PING_COMMIT:
+            # From here on the guest is ours alone, whether the answer arrives
+            # or not.
+            self.committed.set()
+            with suppress(ChannelLost):
+                await self.say(returnpath.Pong(value))
+            return
         await self.say(returnpath.Pong(value))
         if value == c.PING_HELLO:
             self.is_srcd = True
             await self.say(returnpath.Pong(c.PONG_HELLO_ACK))
         elif value == c.PING_PREEMPT:
             self.preempts = True
-        elif value == c.PING_COMMIT:
-            self.committed.set()
 
     async def say(self, message: returnpath.Message) -> None:
         await self._main.write(returnpath.encode(message))
@@ -64,15 +73,25 @@ class Peer:
                 raise StreamError("expected the source's COMMIT", got=kind)
             await self.ping(found.value)
 
-    async def done(self) -> None:
-        """The last word, that all went well; it must not be lost."""
-        if self.return_path:
+    async def let_go(self) -> None:
+        """Say SHUT 0: all went well. QEMU goes on with its guest without it."""
+        if self.return_path and not self._let_go:
+            self._let_go = True
             await self.say(returnpath.Shut(0))
+
+    async def done(self) -> None:
+        """The guest runs here. What is said last must not be lost, but if the
+        connection is, that changes nothing any more.
+        """
+        try:
+            await self.let_go()
+        except ChannelLost as error:
+            log.warning("the source may not know that all has arrived: %s", error)
         await self._main.drain()
 
     async def tell(self, error: MigrationError) -> None:
         """Say why and that it is over; the source goes on with its guest."""
-        if not self.return_path or isinstance(error, ChannelLost):
+        if not self.return_path or self._let_go or isinstance(error, ChannelLost):
             return
         self._main.stop.clear()
         with suppress(MigrationError), trio.move_on_after(LAST_WORDS_SECONDS):
