@@ -360,7 +360,8 @@ class OutgoingMigration:
             self._run_state("paused")
         else:
             await self._take_guest_back()
-        self._end(M.FAILED)
+        # migrate_cancel may have come while the guest was taken back.
+        self._end(M.CANCELLED if self._cancel_asked else M.FAILED)
 
     async def _cancelled(self) -> None:
         await self._take_guest_back()

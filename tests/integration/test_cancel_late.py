@@ -1,0 +1,35 @@
+"""`migrate_cancel` while a failed migration gives the guest back to the source."""
+
+from __future__ import annotations
+
+import trio
+from support.inprocess import pair
+
+from common import address
+from common.status import MigrationStatus as M
+
+
+async def test_cancelled_while_failing() -> None:
+    with pair(1 << 20) as both:
+        outgoing = both.outgoing
+
+        def lose_the_destination(name: str) -> None:
+            if name == "STOP":
+                both.write_late(0, b"to be sent by the last pass")
+                outgoing._main.shutdown()
+
+        async def cont() -> None:
+            assert outgoing.cancellable
+            outgoing.status.set(M.CANCELLING)
+            outgoing.cancel()
+
+        both.on_event = lose_the_destination
+        both.source.cont = cont  # type: ignore[method-assign]
+        await both.incoming.listen(address.Tcp("127.0.0.1", "0"))
+        port = str(both.incoming.addresses()[0]["port"])
+        outgoing.status.set(M.SETUP)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(both.incoming.run)
+            nursery.start_soon(outgoing.run, address.Tcp("127.0.0.1", port))
+        assert outgoing.status.now is M.CANCELLED
+        assert both.events[-1] == "RESUME"
