@@ -37,6 +37,7 @@ class Pump:
         """Bytes of RAM."""
         self._main: Channel | None = None
         self._keep: tuple[CData, ...] = ()
+        self._owing = False
         self._closed = False
 
     @property
@@ -67,12 +68,15 @@ class Pump:
         """Still to send in precopy; 0 once closed."""
         return int(lib.source_dirty_pages(self._native)) * PAGE
 
-    def owed_bytes(self) -> int:
-        """Still to send in postcopy; 0 once closed."""
+    def remaining_bytes(self) -> int:
+        """Still to send, in the phase it is in; 0 once closed."""
+        if not self._owing:
+            return self.dirty_bytes()
         return int(lib.source_owed_pages(self._native)) * PAGE
 
     def owe_dirty(self) -> None:
         """The guest has stopped: what is dirty is owed from now on."""
+        self._owing = True
         lib.source_owe_dirty(self._native)
 
     def will_end(self) -> None:

@@ -66,7 +66,7 @@ def _ram(migration: OutgoingMigration, now: float) -> Mapping[str, Json]:
     pages = int(stats.normal_pages) + int(stats.zero_pages)
     return {
         "total": pump.total,
-        "remaining": 0 if completed else pump.owed_bytes() or pump.dirty_bytes(),
+        "remaining": 0 if completed else pump.remaining_bytes(),
         "transferred": sent,
         "duplicate": int(stats.zero_pages),
         "normal": int(stats.normal_pages),
