@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from common.qmp.message import Json
     from common.qmp.server import Handler
 
+ARRIVING: Final = frozenset(M) - {M.NONE, M.SETUP, M.COMPLETED, M.FAILED}
 ARRIVED: Final = frozenset({"running", "paused"})
 
 
@@ -53,6 +54,7 @@ class DestinationCommands:
             "cont": self._cont,
             "migrate": self._migrate,
             "migrate-incoming": self._migrate_incoming,
+            "migrate-set-capabilities": self._set_capabilities,
             "migrate-start-postcopy": self._start_postcopy,
             "migrate_cancel": self._cancel,
             "query-migrate": self._query_migrate,
@@ -147,6 +149,14 @@ class DestinationCommands:
         except HostError as error:
             raise CommandError(str(error)) from None
         return None
+
+    async def _set_capabilities(self, arguments: Mapping[str, Json]) -> Json:
+        """Not while a guest arrives: to look whether its RAM can be registered
+        for faults ends a registration that there is.
+        """
+        if self._status.now in ARRIVING:
+            raise CommandError("There's a migration process in progress")
+        return await self._monitor.handlers["migrate-set-capabilities"](dict(arguments))
 
     async def _start_postcopy(self, _: Mapping[str, Json]) -> Json:
         if not self._monitor.settings.on("postcopy-ram"):
