@@ -1,19 +1,16 @@
-"""The destination daemon: builds the objects, opens the sockets, one nursery."""
+"""The destination daemon: builds the objects, one nursery, serves."""
 
 from __future__ import annotations
 
 import logging
-import signal
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import trio
 
 from common import address
-from common.guest.attached import AttachedGuest
 from common.guest.obtain import obtain
 from common.monitor import Monitor
-from common.qmp.server import QmpServer
+from common.service import serve_monitor
 from dstd.commands import DestinationCommands
 
 if TYPE_CHECKING:
@@ -37,38 +34,11 @@ async def serve(
         )
         monitor = Monitor(guest, config.guest.name, "inmigrate")
         commands = DestinationCommands(monitor, config, nursery)
-        server = QmpServer(
-            commands.handlers, package=f"postcopyd {version('postcopyd')}"
-        )
-        monitor.emit = server.event
-        monitor.close = server.close
         if config.incoming and config.incoming != "defer":
             await commands.listen(address.parse(config.incoming), exit_on_error=True)
-        for path in config.qmp:
-            await nursery.start(server.listen, path)
-        if isinstance(guest, AttachedGuest):
-            nursery.start_soon(_watch, monitor, guest)
-        nursery.start_soon(_signals, monitor)
-        task_status.started()
-        await monitor.quitting.wait()
-        await server.stop()
-        if not config.guest.socket:
-            await guest.quit()
-        nursery.cancel_scope.cancel()
+        await serve_monitor(config, monitor, commands.handlers, nursery, task_status)
     guest.close()
     if commands.failed:
         log.error("the incoming migration failed: %s", commands.error)
         return 1
     return 0
-
-
-async def _watch(monitor: Monitor, guest: AttachedGuest) -> None:
-    """A guest that is gone cannot be stopped or continued any more."""
-    await guest.gone.wait()
-    monitor.set_run_state("shutdown")
-
-
-async def _signals(monitor: Monitor) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as got:
-        async for _ in got:
-            monitor.shut_down("host-signal")

@@ -1,17 +1,14 @@
-"""The source daemon: builds the objects, opens the sockets, one nursery."""
+"""The source daemon: builds the objects, one nursery, serves."""
 
 from __future__ import annotations
 
-import signal
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import trio
 
-from common.guest.attached import AttachedGuest
 from common.guest.obtain import obtain
 from common.monitor import Monitor, guest_runs
-from common.qmp.server import QmpServer
+from common.service import serve_monitor
 from srcd.commands import SourceCommands
 
 if TYPE_CHECKING:
@@ -32,33 +29,6 @@ async def serve(
         commands = SourceCommands(
             monitor, nursery, track=config.track, preempt_early=config.preempt_early
         )
-        server = QmpServer(
-            commands.handlers, package=f"postcopyd {version('postcopyd')}"
-        )
-        monitor.emit = server.event
-        monitor.close = server.close
-        for path in config.qmp:
-            await nursery.start(server.listen, path)
-        if isinstance(guest, AttachedGuest):
-            nursery.start_soon(_watch, monitor, guest)
-        nursery.start_soon(_signals, monitor)
-        task_status.started()
-        await monitor.quitting.wait()
-        await server.stop()
-        if not config.guest.socket:
-            await guest.quit()
-        nursery.cancel_scope.cancel()
+        await serve_monitor(config, monitor, commands.handlers, nursery, task_status)
     guest.close()
     return 0
-
-
-async def _watch(monitor: Monitor, guest: AttachedGuest) -> None:
-    """A guest that is gone cannot be stopped or continued any more."""
-    await guest.gone.wait()
-    monitor.set_run_state("shutdown")
-
-
-async def _signals(monitor: Monitor) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as got:
-        async for _ in got:
-            monitor.shut_down("host-signal")
