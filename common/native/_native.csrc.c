@@ -1,5 +1,6 @@
 #include "bitmap.h"
 #include "channel.h"
+#include "destination.h"
 #include "dirty.h"
 #include "fault.h"
 #include "limit.h"

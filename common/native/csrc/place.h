@@ -1,18 +1,5 @@
 /*
- * The destination's memory: what is here, what is missing, how a page gets in.
- *
- * Three ways, chosen once:
- *
- *   PLACE_FILE      nobody runs on the RAM: write to its file.
- *   PLACE_CONTINUE  the guest's mapping is registered for missing and minor
- *                   faults: write to the file, set the received bit, then map
- *                   the page into the guest (UFFDIO_CONTINUE). In this order:
- *                   the guest can have written only to pages whose bit is set,
- *                   so whoever comes after a crash knows what it may overwrite.
- *   PLACE_COPY      kernels without minor faults: UFFDIO_COPY, then the bit.
- *                   Stale pages have to be punched out when they are discarded.
- *
- * A page of zeroes stays a hole in the file until somebody touches it.
+ * How a page gets into the guest; the ways are described in destination.h.
  *
  * Who places, requests, wakes. The fault loop sets a page's `requested` bit and
  * then looks at `received`; a load loop sets `received` and then looks at
@@ -25,59 +12,9 @@
 #ifndef POSTCOPY_PLACE_H
 #define POSTCOPY_PLACE_H
 
-#include "ram.h"
-#include "rpath.h"
-#include "wait.h"
+#include "destination.h"
 
 #include <sys/uio.h>
-
-enum place_way { PLACE_FILE, PLACE_CONTINUE, PLACE_COPY };
-
-struct destination_stats {
-    uint64_t precopy_pages; /* target pages that arrived, as the next */
-    uint64_t postcopy_pages;
-    uint64_t preempt_pages;   /* of these, on the preempt channel */
-    uint64_t zero_pages;      /* of all, as zero pages */
-    uint64_t duplicate_pages; /* arrived although they were here */
-    uint64_t faults;          /* events read */
-    uint64_t faults_here;     /* of these, on pages that were here */
-    uint64_t faults_known;    /* of these, on pages already asked for */
-};
-
-struct destination {
-    struct ram *ram;
-    int32_t way;        /* enum place_way */
-    int uffd;           /* negotiated; unused for PLACE_FILE */
-    uint32_t listening; /* atomic: postcopy, the guest may run */
-    uint64_t missing;   /* atomic: host pages that are not here */
-    int complete_fd;    /* eventfd, readable when nothing is missing */
-    uint8_t *zeroes;    /* one largest host page, never written */
-    size_t zeroes_length;
-    struct rpath rpath;
-    struct waiting waiting;
-    struct destination_stats stats;
-};
-
-struct result destination_open(struct destination *d, struct ram *ram,
-                               int32_t way, int uffd, const uint32_t *vcpus,
-                               uint32_t vcpu_count);
-void destination_close(struct destination *d);
-
-/* Forget all content: every block reads as zero afterwards. */
-struct result destination_empty(struct destination *d);
-/*
- * The source will send this range of a block again; bytes, host page aligned
- * and within the block (checked by the caller).
- */
-struct result destination_discard(struct destination *d, uint32_t block,
-                                  uint64_t start, uint64_t length);
-/* Can the guest's RAM be registered? Leaves it as it was. */
-struct result destination_probe(struct destination *d);
-/* From here on missing pages make the guest wait. */
-struct result destination_listen(struct destination *d);
-/* All is here: let the kernel handle the guest's faults again. */
-struct result destination_finish(struct destination *d);
-uint64_t destination_missing(struct destination *d);
 
 /* Target pages with their data, before `listening`; any number, contiguous. */
 struct result place_early(struct destination *d, struct ram_block *b,

@@ -1,7 +1,5 @@
 #include "pump.h"
 
-#include "zero.h"
-
 #include <errno.h>
 #include <poll.h>
 #include <stdlib.h>
@@ -9,10 +7,6 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-/* A page's head and its data, the section's head and tail. */
-#define BATCH_IOVS (2 * BATCH_PAGES + 2)
-#define BATCH_HEADS \
-    (BATCH_PAGES * WIRE_HEADER_MAX + WIRE_PART_HEAD + WIRE_PART_TAIL)
 /*
  * While pages are owed and requests share the main channel, a request waits
  * for at most this much in front of it.
@@ -21,24 +15,6 @@
 #define POSTCOPY_UNSENT_MAX (128u * 1024)
 /* A limited stream is cut into pieces of this time. */
 #define SLICES_PER_SECOND 100
-
-static struct result batch_open(struct batch *b)
-{
-    *b = (struct batch){ 0 };
-    b->iov = calloc(BATCH_IOVS, sizeof(*b->iov));
-    b->heads = malloc(BATCH_HEADS);
-    if (!b->iov || !b->heads) {
-        return result_errno(RESULT_HOST, "page batch", ENOMEM);
-    }
-    return result_ok();
-}
-
-static void batch_close(struct batch *b)
-{
-    free(b->iov);
-    free(b->heads);
-    *b = (struct batch){ 0 };
-}
 
 struct result source_open(struct source *s, struct ram *ram,
                           uint32_t section_id)
@@ -98,109 +74,12 @@ void source_yield(struct source *s, bool yield)
     wake(s);
 }
 
-/* --- batches ----------------------------------------------------------- */
-
-static void batch_reset(struct batch *b)
-{
-    b->iov_count = 0;
-    b->head_used = 0;
-    b->head_open = 0;
-    b->pages = 0;
-    b->zeros = 0;
-    b->last = NULL;
-}
-
-/* Heads that follow each other are one iovec. */
-static void batch_flush_heads(struct batch *b)
-{
-    if (b->head_used > b->head_open) {
-        b->iov[b->iov_count++] = (struct iovec){
-            .iov_base = b->heads + b->head_open,
-            .iov_len = b->head_used - b->head_open,
-        };
-        b->head_open = b->head_used;
-    }
-}
-
-/* `data` NULL: a zero page. */
-static void batch_add(struct batch *b, const struct ram_block *block,
-                      uint64_t offset, const uint8_t *data)
-{
-    b->head_used += wire_put_record(b->heads + b->head_used, block, offset,
-                                    !data, &b->last);
-    b->pages++;
-    if (!data) {
-        b->zeros++;
-        return;
-    }
-    batch_flush_heads(b);
-    b->iov[b->iov_count++] = (struct iovec){
-        .iov_base = (void *)(uintptr_t)data,
-        .iov_len = TARGET_PAGE_SIZE,
-    };
-}
-
-static void batch_begin_part(struct batch *b, uint32_t section_id)
-{
-    batch_reset(b);
-    b->head_used += wire_put_part_head(b->heads, section_id);
-}
-
-static void batch_end_part(struct batch *b, uint32_t section_id)
-{
-    b->head_used += wire_put_part_tail(b->heads + b->head_used, section_id);
-    batch_flush_heads(b);
-}
-
-static uint64_t batch_bytes(const struct batch *b)
-{
-    return b->head_used + (uint64_t)(b->pages - b->zeros) * TARGET_PAGE_SIZE;
-}
-
-/* --- where the bytes of a page are ------------------------------------- */
-
-/* Reading a hole of a memfd through a mapping would allocate it. */
-static void extent_find(struct extent *e, const struct ram_block *b,
-                        uint64_t offset)
-{
-    off_t data = lseek(b->fd, (off_t)offset, SEEK_DATA);
-    off_t end;
-
-    *e = (struct extent){
-        .block = b, .start = offset, .data = offset, .end = b->length
-    };
-    if (data < 0) {
-        /* ENXIO: a hole up to the end. Else the file system can't tell. */
-        e->data = errno == ENXIO ? b->length : offset;
-        return;
-    }
-    end = lseek(b->fd, data, SEEK_HOLE);
-    e->data = (uint64_t)data < b->length ? (uint64_t)data : b->length;
-    if (end >= 0 && (uint64_t)end < b->length) {
-        e->end = (uint64_t)end;
-    }
-}
-
-/* The page's bytes, or NULL if it is a zero page. */
-static const uint8_t *page_data(struct source *s, struct extent *e,
-                                const struct ram_block *b, uint64_t offset)
-{
-    if (e->block != b || offset < e->start || offset >= e->end) {
-        extent_find(e, b, offset);
-    }
-    if (offset < e->data) {
-        STATS_ADD(s->stats.hole_pages, 1);
-        return NULL;
-    }
-    return page_is_zero(b->map + offset) ? NULL : b->map + offset;
-}
-
 static void add_page(struct source *s, struct batch *batch, struct extent *e,
                      const struct ram_block *b, uint64_t page)
 {
-    uint64_t offset = page << TARGET_PAGE_BITS;
-
-    batch_add(batch, b, offset, page_data(s, e, b, offset));
+    if (batch_add_page(batch, e, b, page)) {
+        STATS_ADD(s->stats.hole_pages, 1);
+    }
 }
 
 static void count_batch(struct source *s, const struct batch *b)
@@ -546,7 +425,7 @@ static struct result write_urgent_locked(struct source *s, struct ram_block *b,
     add_host_page(s, batch, &s->urgent_extent, b, host);
     if (own_channel) {
         s->urgent->last_block = batch->last;
-        batch_flush_heads(batch);
+        batch_end(batch);
     } else {
         batch_end_part(batch, s->section_id);
     }

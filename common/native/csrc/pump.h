@@ -16,15 +16,11 @@
 #ifndef POSTCOPY_PUMP_H
 #define POSTCOPY_PUMP_H
 
+#include "batch.h"
 #include "channel.h"
 #include "limit.h"
 #include "stats.h"
 #include "wire.h"
-
-/* Bounded by IOV_MAX: two iovecs a page. One 2 MiB host page fills it. */
-#define BATCH_PAGES 512
-_Static_assert(BATCH_PAGES >= HOST_PAGE_MAX / TARGET_PAGE_SIZE,
-               "a host page is never split");
 
 struct source_stats {
     uint64_t normal_pages;      /* sent with data, precopy and postcopy */
@@ -37,25 +33,6 @@ struct source_stats {
     uint64_t background_waits;  /* the pump waited for a channel's lock */
     uint64_t hole_pages;        /* of zero_pages, found without reading them */
     struct histogram serve;     /* request read .. page handed to the kernel */
-};
-
-struct batch {
-    struct iovec *iov;
-    size_t iov_count;
-    uint8_t *heads;
-    size_t head_used;
-    size_t head_open; /* start of the heads not yet in iov */
-    uint32_t pages;
-    uint32_t zeros;
-    const struct ram_block *last;
-};
-
-/* Where in a block there is data, so that holes are not read. */
-struct extent {
-    const struct ram_block *block;
-    uint64_t start; /* [start, data) is a hole, [data, end) is data */
-    uint64_t data;
-    uint64_t end;
 };
 
 struct source {

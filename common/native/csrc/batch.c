@@ -1,0 +1,124 @@
+#include "batch.h"
+
+#include "zero.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+/* A page's head and its data, the section's head and tail. */
+#define BATCH_IOVS (2 * BATCH_PAGES + 2)
+#define BATCH_HEADS \
+    (BATCH_PAGES * WIRE_HEADER_MAX + WIRE_PART_HEAD + WIRE_PART_TAIL)
+
+struct result batch_open(struct batch *b)
+{
+    *b = (struct batch){ 0 };
+    b->iov = calloc(BATCH_IOVS, sizeof(*b->iov));
+    b->heads = malloc(BATCH_HEADS);
+    if (!b->iov || !b->heads) {
+        return result_errno(RESULT_HOST, "page batch", ENOMEM);
+    }
+    return result_ok();
+}
+
+void batch_close(struct batch *b)
+{
+    free(b->iov);
+    free(b->heads);
+    *b = (struct batch){ 0 };
+}
+
+void batch_reset(struct batch *b)
+{
+    b->iov_count = 0;
+    b->head_used = 0;
+    b->head_open = 0;
+    b->pages = 0;
+    b->zeros = 0;
+    b->last = NULL;
+}
+
+/* Heads that follow each other are one iovec. */
+void batch_end(struct batch *b)
+{
+    if (b->head_used > b->head_open) {
+        b->iov[b->iov_count++] = (struct iovec){
+            .iov_base = b->heads + b->head_open,
+            .iov_len = b->head_used - b->head_open,
+        };
+        b->head_open = b->head_used;
+    }
+}
+
+/* `data` NULL: a zero page. */
+static void add_record(struct batch *b, const struct ram_block *block,
+                       uint64_t offset, const uint8_t *data)
+{
+    b->head_used += wire_put_record(b->heads + b->head_used, block, offset,
+                                    !data, &b->last);
+    b->pages++;
+    if (!data) {
+        b->zeros++;
+        return;
+    }
+    batch_end(b);
+    b->iov[b->iov_count++] = (struct iovec){
+        .iov_base = (void *)(uintptr_t)data,
+        .iov_len = TARGET_PAGE_SIZE,
+    };
+}
+
+void batch_begin_part(struct batch *b, uint32_t section_id)
+{
+    batch_reset(b);
+    b->head_used += wire_put_part_head(b->heads, section_id);
+}
+
+void batch_end_part(struct batch *b, uint32_t section_id)
+{
+    b->head_used += wire_put_part_tail(b->heads + b->head_used, section_id);
+    batch_end(b);
+}
+
+uint64_t batch_bytes(const struct batch *b)
+{
+    return b->head_used + (uint64_t)(b->pages - b->zeros) * TARGET_PAGE_SIZE;
+}
+
+/* Reading a hole of a memfd through a mapping would allocate it. */
+static void extent_find(struct extent *e, const struct ram_block *b,
+                        uint64_t offset)
+{
+    off_t data = lseek(b->fd, (off_t)offset, SEEK_DATA);
+    off_t end;
+
+    *e = (struct extent){
+        .block = b, .start = offset, .data = offset, .end = b->length
+    };
+    if (data < 0) {
+        /* ENXIO: a hole up to the end. Else the file system can't tell. */
+        e->data = errno == ENXIO ? b->length : offset;
+        return;
+    }
+    end = lseek(b->fd, data, SEEK_HOLE);
+    e->data = (uint64_t)data < b->length ? (uint64_t)data : b->length;
+    if (end >= 0 && (uint64_t)end < b->length) {
+        e->end = (uint64_t)end;
+    }
+}
+
+bool batch_add_page(struct batch *batch, struct extent *e,
+                    const struct ram_block *b, uint64_t page)
+{
+    uint64_t offset = page << TARGET_PAGE_BITS;
+    const uint8_t *data = b->map + offset;
+    bool hole;
+
+    if (e->block != b || offset < e->start || offset >= e->end) {
+        extent_find(e, b, offset);
+    }
+    hole = offset < e->data;
+    add_record(batch, b, offset, hole || page_is_zero(data) ? NULL : data);
+    return hole;
+}

@@ -1,0 +1,60 @@
+/*
+ * A batch: many page records, gathered for one system call.
+ *
+ * A record's head goes into `heads`, its page stays where it is in guest RAM;
+ * `iov` strings them together. A batch belongs to one thread.
+ */
+#ifndef POSTCOPY_BATCH_H
+#define POSTCOPY_BATCH_H
+
+#include "wire.h"
+
+#include <sys/uio.h>
+
+/* Bounded by IOV_MAX: two iovecs a page. One 2 MiB host page fills it. */
+#define BATCH_PAGES 512
+_Static_assert(BATCH_PAGES >= HOST_PAGE_MAX / TARGET_PAGE_SIZE,
+               "a host page is never split");
+
+struct batch {
+    struct iovec *iov;
+    size_t iov_count;
+    uint8_t *heads;
+    size_t head_used;
+    size_t head_open; /* start of the heads not yet in iov */
+    uint32_t pages;
+    uint32_t zeros;
+    const struct ram_block *last;
+};
+
+/* Where in a block there is data, so that holes are not read. */
+struct extent {
+    const struct ram_block *block;
+    uint64_t start; /* [start, data) is a hole, [data, end) is data */
+    uint64_t data;
+    uint64_t end;
+};
+
+struct result batch_open(struct batch *b);
+void batch_close(struct batch *b);
+
+/* Begin bare records, as on the preempt channel; `b->last` may be set then. */
+void batch_reset(struct batch *b);
+/* Begin a RAM section; its first record names its block. */
+void batch_begin_part(struct batch *b, uint32_t section_id);
+
+/*
+ * Add a target page as it is now. True if it was found to be zero without
+ * reading it: it is a hole in the block's file.
+ */
+bool batch_add_page(struct batch *batch, struct extent *e,
+                    const struct ram_block *b, uint64_t page);
+
+/* Ready to be written: after bare records, or after a section. */
+void batch_end(struct batch *b);
+void batch_end_part(struct batch *b, uint32_t section_id);
+
+/* Bytes on the wire. */
+uint64_t batch_bytes(const struct batch *b);
+
+#endif
