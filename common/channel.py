@@ -334,7 +334,11 @@ class Listener:
         accepted: list[trio.socket.SocketType] = []
 
         async def wait(sock: trio.socket.SocketType) -> None:
-            found, _ = await sock.accept()
+            try:
+                found, _ = await sock.accept()
+            except OSError as error:
+                reason = f"cannot accept a connection: {error.strerror}"
+                raise HostError(reason, errno=error.errno) from None
             accepted.append(found)
             nursery.cancel_scope.cancel()
 

@@ -137,7 +137,7 @@ def guest_runs(guest: Guest) -> str:
 
 def _save(fd: int, offset: int, size: int, path: str) -> None:
     """Copy guest memory to a file; reading the file allocates no holes."""
-    with open(path, "wb") as out:
+    with open(path, "wb", opener=_open_at_once) as out:
         while size:
             chunk = os.pread(fd, min(size, SAVE_CHUNK), offset)
             if not chunk:
@@ -145,6 +145,11 @@ def _save(fd: int, offset: int, size: int, path: str) -> None:
             out.write(chunk)
             offset += len(chunk)
             size -= len(chunk)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """A FIFO that nobody reads is an error, not a thread that waits for ever."""
+    return os.open(path, flags | os.O_NONBLOCK, 0o600)
 
 
 def _nobody(name: str, data: Mapping[str, Json] | None) -> None:

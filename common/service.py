@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from contextlib import asynccontextmanager
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -15,9 +16,10 @@ from common.guest.attached import AttachedGuest
 from common.qmp.server import QmpServer
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
     from common.config import ServeConfig
+    from common.guest.base import Guest
     from common.monitor import Monitor
     from common.qmp.server import Handler
 
@@ -47,10 +49,7 @@ async def serve_monitor(
     nursery: trio.Nursery,
     task_status: trio.TaskStatus[None],
 ) -> None:
-    """Answer on the control sockets until `quit` or a signal.
-
-    A guest that we started ends with us, one that attached goes on.
-    """
+    """Answer on the control sockets until `quit` or a signal."""
     server = QmpServer(handlers, package=f"postcopyd {version('postcopyd')}")
     monitor.emit = server.event
     monitor.close = server.close
@@ -62,9 +61,26 @@ async def serve_monitor(
     task_status.started()
     await monitor.quitting.wait()
     await server.stop()
+
+
+@asynccontextmanager
+async def responsible_for(guest: Guest, config: ServeConfig) -> AsyncIterator[None]:
+    """A guest that we started ends with us, or when we cannot even begin.
+
+    One that attached goes on. A fault of ours ends neither: the guest waits for
+    the daemon after us.
+    """
+    try:
+        yield
+    except (MigrationError, OSError):
+        await _end(guest, config)
+        raise
+    await _end(guest, config)
+
+
+async def _end(guest: Guest, config: ServeConfig) -> None:
     if not config.guest.socket:
-        await monitor.guest.quit()
-    nursery.cancel_scope.cancel()
+        await guest.quit()
 
 
 async def _watch(monitor: Monitor, guest: AttachedGuest) -> None:

@@ -10,7 +10,7 @@ import trio
 from common import address
 from common.guest.obtain import obtain
 from common.monitor import Monitor
-from common.service import serve_monitor
+from common.service import responsible_for, serve_monitor
 from dstd.commands import DestinationCommands
 
 if TYPE_CHECKING:
@@ -32,11 +32,16 @@ async def serve(
         guest = await obtain(
             config.guest, nursery, incoming=True, control=config.qmp[0]
         )
-        monitor = Monitor(guest, config.guest.name, "inmigrate")
-        commands = DestinationCommands(monitor, config, nursery)
-        if config.incoming and config.incoming != "defer":
-            await commands.listen(address.parse(config.incoming), exit_on_error=True)
-        await serve_monitor(config, monitor, commands.handlers, nursery, task_status)
+        async with responsible_for(guest, config):
+            monitor = Monitor(guest, config.guest.name, "inmigrate")
+            commands = DestinationCommands(monitor, config, nursery)
+            if config.incoming and config.incoming != "defer":
+                target = address.parse(config.incoming)
+                await commands.listen(target, exit_on_error=True)
+            await serve_monitor(
+                config, monitor, commands.handlers, nursery, task_status
+            )
+        nursery.cancel_scope.cancel()
     guest.close()
     if commands.failed:
         log.error("the incoming migration failed: %s", commands.error)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from common.errors import HostError
 from common.native._native import ffi, lib
 from common.native.loop import Stop, check, run_loop
 from common.native.ram import Ram
@@ -47,12 +48,16 @@ class Memory:
         self._native = ffi.new("struct destination *")
         vcpus = ffi.new("uint32_t[]", list(guest.vcpus))
         uffd = -1 if guest.userfaultfd is None else guest.userfaultfd
-        check(lib.ram_prepare_destination(self._ram.native))
-        check(
-            lib.destination_open(
-                self._native, self._ram.native, way, uffd, vcpus, len(guest.vcpus)
+        try:
+            check(lib.ram_prepare_destination(self._ram.native))
+            check(
+                lib.destination_open(
+                    self._native, self._ram.native, way, uffd, vcpus, len(guest.vcpus)
+                )
             )
-        )
+        except HostError:
+            self._ram.close()
+            raise
         self._stop = Stop()
         self._sweep_stop = Stop()
         self.way = way

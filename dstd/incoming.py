@@ -157,6 +157,8 @@ class IncomingMigration:
                 raise
             await self._failed(cause, link.peer)
         finally:
+            # A request that is being written must not keep us waiting.
+            link.main.stop.set()
             self.memory.connect(None)
             link.close()
 
@@ -173,7 +175,6 @@ class IncomingMigration:
 
     async def _receive(self, link: Connection, nursery: trio.Nursery) -> None:
         kind = await link.main.decode(self.admission.head_untrusted)
-        self.memory.empty()
         while kind != c.QEMU_VM_SECTION_START:
             kind = await self._before_ram(link, kind)
         await self._ram_setup(link)
@@ -225,6 +226,8 @@ class IncomingMigration:
             lambda read: section.read_footer_untrusted(read, start.section_id)
         )
         self.admission.check_blocks(blocks)
+        # Not before: a source that is refused must not cost us what we hold.
+        await trio.to_thread.run_sync(self.memory.empty)
         link.loader.begin(start.section_id)
 
     # -- sections
@@ -337,9 +340,11 @@ class IncomingMigration:
             await peer.say(returnpath.Pong(value))
         if peer.is_srcd:
             await peer.committed.wait()
-        self.postcopy.set(P.RUNNING)
-        await self._start_guest(True)
-        self._running.set()
+        # The guest is ours now, whatever becomes of the connection meanwhile.
+        with trio.CancelScope(shield=True):
+            self.postcopy.set(P.RUNNING)
+            await self._start_guest(True)
+            self._running.set()
         nursery.start_soon(self.memory.sweep)
 
     async def _load_urgent(self, channel: Channel) -> None:
@@ -391,6 +396,7 @@ class IncomingMigration:
         if keep and not isinstance(error, GuestError):
             self.status.set(M.POSTCOPY_PAUSED)
             return
-        if peer:
+        # A QEMU that reads SHUT 1 behind RUN would run its guest again.
+        if peer and (peer.is_srcd or not self._loaded):
             await peer.tell(error)
         self.status.set(M.FAILED)

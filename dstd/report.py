@@ -25,8 +25,8 @@ def migration_info(migration: IncomingMigration) -> Mapping[str, Json]:
     info: dict[str, Json] = {"status": status}
     if migration.error:
         info["error-desc"] = str(migration.error)
-    if status not in _OVER:
-        info["socket-address"] = migration.addresses()
+    if status not in _OVER and (addresses := migration.addresses()):
+        info["socket-address"] = addresses
     if status in _POSTCOPY and migration.settings.on("postcopy-blocktime"):
         info |= _blocktime(migration.memory)
     info["x-postcopyd"] = _ours(migration.memory)

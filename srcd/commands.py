@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
+import trio
+
 from common import address, status
 from common.errors import MigrationError
 from common.qmp.session import CommandError
@@ -15,12 +17,12 @@ from srcd.report import migration_info
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
-    import trio
-
     from common.monitor import Monitor
     from common.qmp.message import Json
     from common.qmp.server import Handler
 
+# How long taking the guest back may take when the daemon ends.
+GIVE_UP_SECONDS: Final = 10.0
 IN_PROGRESS: Final = frozenset(M) - {M.NONE, M.COMPLETED, M.FAILED, M.CANCELLED}
 POSTCOPY: Final = frozenset(
     {
@@ -161,6 +163,16 @@ class SourceCommands:
             self._status.set(M.CANCELLING)
             self._migration.cancel()
         return None
+
+    async def give_up(self) -> None:
+        """The daemon ends: a guest that is still ours goes on where it is."""
+        if not self._migration or not self._status.may(M.CANCELLING):
+            return
+        if self._migration.cancellable:
+            self._status.set(M.CANCELLING)
+            self._migration.cancel()
+            with trio.move_on_after(GIVE_UP_SECONDS):
+                await self._migration.over.wait()
 
     async def _query_migrate(self, _: Mapping[str, Json]) -> Json:
         if self._migration is None:

@@ -8,7 +8,7 @@ import trio
 
 from common.guest.obtain import obtain
 from common.monitor import Monitor, guest_runs
-from common.service import serve_monitor
+from common.service import responsible_for, serve_monitor
 from srcd.commands import SourceCommands
 
 if TYPE_CHECKING:
@@ -25,10 +25,15 @@ async def serve(
         guest = await obtain(
             config.guest, nursery, incoming=False, control=config.qmp[0]
         )
-        monitor = Monitor(guest, config.guest.name, guest_runs(guest))
-        commands = SourceCommands(
-            monitor, nursery, track=config.track, preempt_early=config.preempt_early
-        )
-        await serve_monitor(config, monitor, commands.handlers, nursery, task_status)
+        async with responsible_for(guest, config):
+            monitor = Monitor(guest, config.guest.name, guest_runs(guest))
+            commands = SourceCommands(
+                monitor, nursery, track=config.track, preempt_early=config.preempt_early
+            )
+            await serve_monitor(
+                config, monitor, commands.handlers, nursery, task_status
+            )
+            await commands.give_up()
+        nursery.cancel_scope.cancel()
     guest.close()
     return 0

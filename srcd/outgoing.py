@@ -95,6 +95,7 @@ class OutgoingMigration:
         self._postcopy_asked = False
         self._cancel_asked = False
         self._scope = trio.CancelScope()
+        self.over = trio.Event()
 
     @property
     def _main(self) -> Channel:
@@ -127,8 +128,11 @@ class OutgoingMigration:
                 channel.shutdown()
 
     def apply_limits(self) -> None:
-        """Bandwidth parameters have changed."""
+        """Bandwidth parameters have changed, or the phase has."""
         precopy = self._owner is Owner.SOURCE
+        if precopy and self.times.stopped:
+            self.pump.limit(0)  # the guest waits for every byte
+            return
         name = "max-bandwidth" if precopy else "max-postcopy-bandwidth"
         self.pump.limit(self.settings.number(name))
 
@@ -149,6 +153,7 @@ class OutgoingMigration:
             await (self._cancelled() if self._cancel_asked else self._failed(cause))
         finally:
             self._release()
+            self.over.set()
 
     async def _migrate(self, address: Address) -> None:
         self._connected = await connect(address, "main")
@@ -241,6 +246,7 @@ class OutgoingMigration:
         self.sent.precopy = self.bytes_sent
         self.times.stopped = time.monotonic()
         self.pump.cut_short(False)
+        self.apply_limits()
         self._was_running = self.guest.state is GuestState.RUNNING
         # Before and after: no `cont` comes behind this, and one that is under
         # way has its word in between. That is why a paused guest is stopped too.
@@ -263,7 +269,6 @@ class OutgoingMigration:
 
     async def _complete_precopy(self) -> None:
         await self._stop_guest()
-        self.pump.limit(0)
         await self.pump.precopy_pass()
         self.times.mark("pages")
         state = await self._save()

@@ -6,7 +6,7 @@ that the migration waits for, and the peer's reasons when it refuses.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
@@ -17,6 +17,10 @@ from common.stream import constants as c
 if TYPE_CHECKING:
     from common.channel import Channel
     from srcd.pump import Pump
+
+
+# The answers that somebody waits for; a peer may send any others.
+MILESTONES: Final = frozenset({c.PING_SETUP, c.PING_LOADED})
 
 
 class Peer:
@@ -50,7 +54,7 @@ class Peer:
                 case returnpath.Pong(c.PONG_HELLO_ACK):
                     self.is_dstd = True
                 case returnpath.Pong(value):
-                    self._pongs.add(value)
+                    self._pongs |= MILESTONES & {value}
                 case returnpath.Failure(text):
                     self._reason = text
                 case returnpath.Shut(0):

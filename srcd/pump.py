@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Final
 
+from common.errors import HostError
 from common.native._native import ffi, lib
 from common.native.loop import check, run_loop
 from common.native.ram import Ram
@@ -31,8 +32,12 @@ class Pump:
     def __init__(self, blocks: Sequence[RamBlock]) -> None:
         self._ram = Ram(blocks)
         self._native = ffi.new("struct source *")
-        check(lib.ram_prepare_source(self._ram.native))
-        check(lib.source_open(self._native, self._ram.native, c.RAM_SECTION_ID))
+        try:
+            check(lib.ram_prepare_source(self._ram.native))
+            check(lib.source_open(self._native, self._ram.native, c.RAM_SECTION_ID))
+        except HostError:
+            self._ram.close()
+            raise
         self.total = int(self._ram.native.total)
         """Bytes of RAM."""
         self._main: Channel | None = None

@@ -384,6 +384,8 @@ def _abilities(descriptors: Mapping[str, int]) -> int:
     if (userfaultfd := descriptors.get(attach.USERFAULTFD)) is None:
         return 0
     try:
+        # On a blocking one the fault loop could not be stopped.
+        os.set_blocking(userfaultfd, False)
         if (note := descriptors.get(ABILITIES)) is None:
             return negotiate(userfaultfd)
         return int.from_bytes(os.pread(note, 4, 0), "little")

@@ -37,8 +37,12 @@ class Ram:
     def __init__(self, blocks: Sequence[Block]) -> None:
         self.native = ffi.new("struct ram *")
         check(lib.ram_open(self.native, len(blocks)))
-        for block in blocks:
-            _add(self.native, block)
+        try:
+            for block in blocks:
+                _add(self.native, block)
+        except HostError:
+            self.close()
+            raise
 
     def close(self) -> None:
         lib.ram_close(self.native)
