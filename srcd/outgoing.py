@@ -50,7 +50,7 @@ class Owner(Enum):
     """Whose the guest is; it only ever moves forward."""
 
     SOURCE = "the source: any failure leaves it running here"
-    PACKAGED = "the source still, but its state is on the way: no more cancelling"
+    PACKAGED = "the source still, but its state is on the way: QEMU may run it"
     DESTINATION = "the destination: it never runs here again"
 
 
@@ -116,8 +116,9 @@ class OutgoingMigration:
 
     @property
     def cancellable(self) -> bool:
-        """Until the destination may have got the guest."""
-        return self._owner is Owner.SOURCE
+        """Until the destination may have got the guest; dstd waits for COMMIT."""
+        waits = self._owner is Owner.PACKAGED and self.peer.is_dstd
+        return self._owner is Owner.SOURCE or waits
 
     def cancel(self) -> None:
         """End it; the guest goes on here. Only while `cancellable`."""
