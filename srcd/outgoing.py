@@ -116,9 +116,13 @@ class OutgoingMigration:
 
     @property
     def cancellable(self) -> bool:
-        """Until the destination may have got the guest; dstd waits for COMMIT."""
-        waits = self._owner is Owner.PACKAGED and self.peer.is_dstd
-        return self._owner is Owner.SOURCE or waits
+        """Until the destination may have got the guest.
+
+        dstd waits for COMMIT, and a file or a command runs nothing.
+        """
+        if self._owner is Owner.PACKAGED:
+            return self.peer.is_dstd or not self._return_path
+        return self._owner is Owner.SOURCE
 
     def cancel(self) -> None:
         """End it; the guest goes on here. Only while `cancellable`."""
