@@ -81,3 +81,20 @@ def try_and_fail(src: Source, directory: Path, rounds: int) -> None:
 
 def open_descriptors(src: Source) -> int:
     return len(list(Path(f"/proc/{src.process.pid}/fd").iterdir()))
+
+
+def test_a_refused_source_costs_the_destination_nothing(private_dir: Path) -> None:
+    """The RAM file that is there stays as it is until a source is accepted."""
+    theirs, ours = private_dir / "theirs", private_dir / "ours"
+    theirs.write_bytes(b"new!" * 1024)
+    ours.write_bytes(b"old." * 1024)
+    with (
+        Source(private_dir, "--ram", f"other={theirs}") as src,
+        Destination(private_dir, "--ram", f"ram={ours}") as dst,
+    ):
+        prepare(src, dst)
+        src.migrate(dst.listen())
+        assert src.wait_status("failed", "completed") == "failed"
+        assert "'other'" in src.query()["error-desc"]
+        assert dst.wait_status("failed") == "failed"
+    assert ours.read_bytes() == b"old." * 1024

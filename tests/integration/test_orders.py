@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import trio
 from support.inprocess import pair
 
 MIB = 1 << 20
@@ -22,6 +23,23 @@ async def test_postcopy_asked_for_while_precopy_completes(moment: str) -> None:
         await both.move()
         assert moment in both.events
         assert both.outgoing.pump.stats.background_pages == 0, "postcopy began"
+        both.assert_equal()
+
+
+async def test_a_limit_set_while_the_guest_is_stopped_waits() -> None:
+    """The guest stands still: nothing of that pass may be slowed down."""
+    with pair(16 * MIB) as both:
+
+        def order(name: str) -> None:
+            if name == "STOP":
+                for page in range(64):
+                    both.write_late(page * 8192, b"written just before the stop")
+                both.outgoing.settings.set_parameters({"max-bandwidth": 4096})
+                both.outgoing.apply_limits()
+
+        both.on_event = order
+        with trio.fail_after(10):  # at 4096 bytes a second it would be a minute
+            await both.move()
         both.assert_equal()
 
 

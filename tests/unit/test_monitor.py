@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import trio
 
 from common.guest.base import GuestState
 from common.guest.parked import ParkedGuest, RamFile
@@ -126,3 +128,13 @@ async def test_pmemsave_refused(monitor: Monitor, tmp_path: Path) -> None:
     monitor.memory_problem = lambda: "it is still arriving"
     with pytest.raises(CommandError, match="still arriving"):
         await call(monitor, "pmemsave", val=0, size=1, filename=nowhere)
+
+
+async def test_pmemsave_into_a_pipe_that_nobody_reads(
+    monitor: Monitor, tmp_path: Path
+) -> None:
+    """It must not hold a thread, and with it the end of the daemon."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with trio.fail_after(5), pytest.raises(CommandError, match="Could not open"):
+        await call(monitor, "pmemsave", val=0, size=1, filename=str(pipe))
