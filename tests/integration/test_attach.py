@@ -342,7 +342,7 @@ def test_destination_killed_while_it_loads(private_dir: Path) -> None:
 def test_source_killed_while_destination_loads(
     private_dir: Path, capabilities: tuple[str, ...]
 ) -> None:
-    """Nothing was promised yet: the destination gives up and runs nothing."""
+    """There was no COMMIT: the destination runs nothing."""
     killed = threading.Event()
 
     def load_later(vmm: MisbehavingVmm, request: dict[str, Any]) -> None:
@@ -359,7 +359,10 @@ def test_source_killed_while_destination_loads(
         src.process.kill()
         one.wait_hung_up()
         killed.set()
-        assert dst.wait_status("failed", "completed") == "failed"
+        # If its PONG 3 was on the way, the destination cannot know whether it
+        # arrived, and keeps what it has.
+        ends = ("failed", "postcopy-paused", "completed")
+        assert dst.wait_status(*ends) in ends[: 2 if capabilities else 1]
         assert "cont" not in other.requests
 
 
