@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from common.guest.base import Guest, RamBlock
     from common.qmp.message import Json
     from common.qmp.server import Handler
+    from common.status import MigrationStatus
 
 NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
 SAVE_CHUNK: Final = 1 << 20
@@ -59,6 +60,11 @@ class Monitor:
 
     def set_run_state(self, run_state: str) -> None:
         self.run_state = run_state
+
+    def announce(self, old: MigrationStatus, new: MigrationStatus) -> None:
+        """A status listener: the MIGRATION event, if it is wanted."""
+        if self.settings.on("events"):
+            self.emit("MIGRATION", {"status": new})
 
     async def stop_guest(self) -> None:
         await self.guest.stop()

@@ -38,7 +38,7 @@ class DestinationCommands:
         self._config = config
         self._nursery = nursery
         self._status = status.incoming()
-        self._status.listeners.append(self._announce)
+        self._status.listeners.append(monitor.announce)
         self._migration: IncomingMigration | None = None
         self._stay_stopped = False
         self.failed = False
@@ -59,10 +59,6 @@ class DestinationCommands:
             "migrate_cancel": self._cancel,
             "query-migrate": self._query_migrate,
         }
-
-    def _announce(self, old: M, new: M) -> None:
-        if self._monitor.settings.on("events"):
-            self._monitor.emit("MIGRATION", {"status": new})
 
     def _postcopy_problem(self) -> str | None:
         migration = self._migration or self._new_migration()

@@ -50,7 +50,7 @@ class SourceCommands:
         self._preempt_early = preempt_early
         self._track = track
         self._status = status.outgoing()
-        self._status.listeners.append(self._announce)
+        self._status.listeners.append(monitor.announce)
         self._migration: OutgoingMigration | None = None
         monitor.settings.changed = self._apply_limits
 
@@ -67,10 +67,6 @@ class SourceCommands:
             "migrate_cancel": self._cancel,
             "query-migrate": self._query_migrate,
         }
-
-    def _announce(self, old: M, new: M) -> None:
-        if self._monitor.settings.on("events"):
-            self._monitor.emit("MIGRATION", {"status": new})
 
     def _emit(self, name: str, data: Mapping[str, Json] | None) -> None:
         if name != "MIGRATION_PASS" or self._monitor.settings.on("events"):

@@ -274,7 +274,7 @@ class OutgoingMigration:
 
     async def _complete_precopy(self) -> None:
         await self._stop_guest()
-        await self.pump.precopy_pass()
+        await self.pump.last_pass()
         self.times.mark("pages")
         state = await self._save()
         self._owner = Owner.PACKAGED

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Final
 
-from common.errors import HostError
+from common.errors import ChannelLost, HostError
 from common.native._native import ffi, lib
 from common.native.loop import check, run_loop
 from common.native.ram import Ram
@@ -92,12 +92,21 @@ class Pump:
         """Send what is dirty; False if it was cut short."""
         return await self._run(lib.pump_precopy)
 
+    async def last_pass(self) -> None:
+        """All that is dirty, and nothing less: END comes next."""
+        await self._whole(lib.pump_precopy)
+
     async def discards(self) -> None:
-        await self._run(lib.pump_discards)
+        await self._whole(lib.pump_discards)
 
     async def postcopy(self) -> None:
         """Send what is owed; returns when nothing is left or in flight."""
-        await self._run(lib.pump_postcopy)
+        await self._whole(lib.pump_postcopy)
+
+    async def _whole(self, loop: CData) -> None:
+        """A loop that was stopped has left pages behind: that must not pass."""
+        if not await self._run(loop):
+            raise ChannelLost("the channel was shut down", channel="main")
 
     async def message(self) -> tuple[int, bytes] | None:
         """The next return path message that is no page request; None: stopped."""

@@ -58,6 +58,8 @@ def reserve_hugepages() -> Iterator[Callable[[int], None]]:
             try:
                 stack.enter_context(hugepages.reserved(pages))
             except MemoryError as error:
+                if os.environ.get("CI") == "true":
+                    pytest.fail(f"hugepages: {error}")
                 pytest.skip(f"hugepages: {error}")
 
         yield reserve

@@ -6,6 +6,9 @@ import pytest
 import trio
 from support.inprocess import pair
 
+from common import address
+from common.status import MigrationStatus as M
+
 MIB = 1 << 20
 
 
@@ -41,6 +44,28 @@ async def test_a_limit_set_while_the_guest_is_stopped_waits() -> None:
         with trio.fail_after(10):  # at 4096 bytes a second it would be a minute
             await both.move()
         both.assert_equal()
+
+
+async def test_loops_that_are_stopped_leave_no_page_behind() -> None:
+    """END must not follow a pump that did not get to send all that is owed."""
+    with pair(16 * MIB, "postcopy-ram") as both:
+
+        def stop_the_loops(name: str) -> None:
+            if name == "MIGRATION_PASS" and both.outgoing.times.stopped:
+                both.outgoing._main.stop.set()
+
+        both.on_event = stop_the_loops
+        both.outgoing.start_postcopy()
+        await both.incoming.listen(address.Tcp("127.0.0.1", "0"))
+        port = str(both.incoming.addresses()[0]["port"])
+        both.outgoing.status.set(M.SETUP)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(both.incoming.run)
+            with trio.fail_after(10):
+                await both.outgoing.run(address.Tcp("127.0.0.1", port))
+            nursery.cancel_scope.cancel()
+        assert both.outgoing.status.now is M.FAILED
+        assert both.events[-1] == "RESUME"
 
 
 async def test_postcopy_asked_for_before_anything() -> None:

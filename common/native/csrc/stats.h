@@ -30,7 +30,7 @@ struct histogram {
 void histogram_add(struct histogram *h, uint64_t ns);
 /* Upper edge, in ns, of the bucket that holds the `permille`-th value. */
 uint64_t histogram_percentile(const struct histogram *h, unsigned permille);
-/* How many values v satisfy low <= v < high, for powers of two in ns * 1000. */
+/* How many values lie in [low_us, high_us), by the lower edges of buckets. */
 uint64_t histogram_between_us(const struct histogram *h, uint64_t low_us,
                               uint64_t high_us);
 
