@@ -1,0 +1,280 @@
+"""The contender QEMU -> QEMU: two unmodified QEMUs with KVM and the same guest.
+
+The machine is `microvm`, the smallest with PVH boot, firmware and a serial
+port. Its memory is a shared memfd, as our own guest's is.
+
+The downtime is that of QEMU's events, which carry times of the machine's
+clock: from STOP at the source to RESUME at the destination.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import subprocess
+import time
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import account
+import guest
+from figures import Figures, Process
+from memory import GuestMemory
+from support.qemu import Monitor, executable
+
+if TYPE_CHECKING:
+    from cases import Case
+    from relay import Link
+    from support.report import Report
+
+NAME: Final = "qemu"
+MEMFD: Final = "memory-backend-memfd"
+PLENTY: Final = 100 << 30  # bytes per second: no limit
+FILL_SECONDS: Final = 120.0
+PATIENCE: Final = 300.0
+SAMPLE_SECONDS: Final = 0.02
+KERNEL: Final = Path(str(resources.files("common.native"))) / "bin/test-guest.elf"
+
+
+class BenchError(Exception):
+    """QEMU did not do what was asked of it."""
+
+
+class Machine:
+    """One QEMU with the test guest, or waiting for it; its events with times."""
+
+    def __init__(self, case: Case, directory: Path, role: str) -> None:
+        self._case = case
+        self._incoming = role == "destination"
+        self.serial = directory / f"{role}.serial"
+        self.log = directory / f"{role}.log"
+        self.moments: dict[str, float] = {}
+        """First time of each event and status, in seconds of the wall clock."""
+
+    def __enter__(self) -> Self:
+        self.socket, theirs = socket.socketpair()
+        with theirs, self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                self._words(theirs.fileno()),
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stderr=log,
+            )
+        self.monitor = Monitor(self.socket)
+        try:
+            self.monitor.negotiate()
+            self.memory = GuestMemory.of_process(self.process.pid, MEMFD)
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.memory.__exit__()
+        self._end()
+
+    def _end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.socket.close()
+
+    def _words(self, monitor: int) -> list[str]:
+        return [
+            str(executable()),
+            *("-nodefaults", "-no-user-config", "-display", "none"),
+            *("-name", "bench,debug-threads=on"),
+            *("-machine", "microvm,memory-backend=ram,auto-kernel-cmdline=off"),
+            # The feature's MSR cannot be set under every hypervisor.
+            *("-accel", "kvm", "-cpu", "host,arch-capabilities=off"),
+            *("-smp", str(self._case.vcpus), "-m", f"{self._case.memory}B"),
+            *("-object", _backend(self._case)),
+            *("-kernel", str(KERNEL), "-append", _line(self._case)),
+            *("-serial", f"file:{self.serial}"),
+            *("-chardev", f"socket,id=monitor,fd={monitor}"),
+            *("-mon", "chardev=monitor,mode=control"),
+            *(("-incoming", "defer") if self._incoming else ()),
+        ]
+
+    def execute(self, command: str, /, **arguments: object) -> Any:
+        """Underscores in the arguments' names stand for dashes."""
+        answer = self.monitor.execute(command, **arguments)
+        self._note_events()
+        return answer
+
+    def wait(self, moment: str, patience: float = PATIENCE) -> float:
+        """When an event or a status was first seen; waits until it is."""
+        deadline = time.monotonic() + patience
+        while moment not in self.moments:
+            self.monitor.events.append(self.monitor.next_event(deadline))
+            self._note_events()
+        return self.moments[moment]
+
+    def look(self, seconds: float) -> None:
+        """Wait so long for an event."""
+        if select.select([self.socket], [], [], seconds)[0]:
+            event = self.monitor.next_event(time.monotonic() + PATIENCE)
+            self.monitor.events.append(event)
+            self._note_events()
+
+    def wait_filled(self) -> None:
+        """Until the guest has filled its area and begun to work."""
+        deadline = time.monotonic() + FILL_SECONDS
+        while "filled" not in self.serial.read_text():
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                raise BenchError(f"the guest does not fill: {self.log.read_text()}")
+            time.sleep(0.01)  # the guest writes to a file, which has no events
+
+    def _note_events(self) -> None:
+        for event in self.monitor.events:
+            clock = event["timestamp"]
+            name = event.get("data", {}).get("status", event["event"])
+            when = clock["seconds"] + clock["microseconds"] / 1e6
+            self.moments.setdefault(name, when)
+        self.monitor.events.clear()
+        if "failed" in self.moments:
+            raise BenchError(f"the migration failed: {self.log.read_text()}")
+
+
+def _backend(case: Case) -> str:
+    words = f"memory-backend-memfd,id=ram,size={case.memory}B,share=on"
+    if case.page_size > 4096:
+        words += f",hugetlb=on,hugetlbsize={case.page_size}B"
+    return words
+
+
+def _line(case: Case) -> str:
+    return f"{guest.line(case)} vcpus={case.vcpus} tsc-khz={guest.tsc_khz()}"
+
+
+@dataclass(slots=True)
+class Sampler:
+    """How much the source has sent, every 20 ms until both sides are done."""
+
+    source: Machine
+    destination: Machine
+    begun: float
+    timeline: list[tuple[float, int]] = field(default_factory=list)
+
+    def until_completed(self) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not self._over():
+            self._sample()
+            if time.monotonic() > deadline:
+                raise BenchError("the migration does not end")
+            self.destination.look(SAMPLE_SECONDS)
+        self._sample()
+
+    def _over(self) -> bool:
+        sides = (self.source, self.destination)
+        return all("completed" in side.moments for side in sides)
+
+    def _sample(self) -> None:
+        ram = self.source.execute("query-migrate").get("ram", {})
+        sent = ram.get("normal-bytes", 0)
+        self.timeline.append((round(time.time() - self.begun, 4), sent))
+
+
+def run(case: Case, directory: Path, link: Link | None = None) -> Figures:
+    """One migration of `case`; its files go into `directory`, which is empty."""
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context
+        source = enter(Machine(case, directory, "source"))
+        destination = enter(Machine(case, directory, "destination"))
+        source.wait_filled()
+        for side in (source, destination):
+            _prepare(case, side)
+        uri = _listen(destination)
+        if link:
+            uri = enter(link.to(uri))
+        sides = {"source": source, "destination": destination}
+        usage = {
+            role: account.Usage([side.process.pid]) for role, side in sides.items()
+        }
+        sampler = _migrate(case, source, destination, uri)
+        after = destination.memory.report()
+        processes = {role: _process(usage[role], side) for role, side in sides.items()}
+        return _figures(case, sampler, processes, after)
+
+
+def _prepare(case: Case, side: Machine) -> None:
+    names = ["events"]
+    if case.postcopy:
+        names += ["postcopy-ram", "postcopy-blocktime"]
+        names += ["postcopy-preempt"] if case.preempt else []
+    side.execute(
+        "migrate-set-capabilities",
+        capabilities=[{"capability": name, "state": True} for name in names],
+    )
+    limit = case.bandwidth or PLENTY
+    side.execute(
+        "migrate-set-parameters",
+        max_bandwidth=PLENTY if case.postcopy else limit,
+        max_postcopy_bandwidth=case.bandwidth,
+    )
+
+
+def _listen(destination: Machine) -> str:
+    destination.execute("migrate-incoming", uri="tcp:127.0.0.1:0")
+    (address,) = destination.execute("query-migrate")["socket-address"]
+    return f"tcp:{address['host']}:{address['port']}"
+
+
+def _migrate(case: Case, source: Machine, destination: Machine, uri: str) -> Sampler:
+    sampler = Sampler(source, destination, begun=time.time())
+    source.execute("migrate", uri=uri)
+    source.wait("active")
+    if case.postcopy:
+        source.execute("migrate-start-postcopy")
+    sampler.until_completed()
+    return sampler
+
+
+def _process(usage: account.Usage, side: Machine) -> Process:
+    cpu, vcpus = usage.end()
+    return Process(
+        cpu_seconds=cpu,
+        vcpu_seconds=vcpus,
+        own_bytes=account.own_bytes(side.process.pid),
+    )
+
+
+def _figures(
+    case: Case, sampler: Sampler, processes: dict[str, Process], after: Report
+) -> Figures:
+    source, destination = sampler.source, sampler.destination
+    done = max(side.moments["completed"] for side in (source, destination))
+    phase = "postcopy-active" if case.postcopy else "active"
+    moving = done - source.moments[phase]
+    ram = source.execute("query-migrate")["ram"]
+    # A stopped source keeps its memory as it was at the switch.
+    before = source.memory.report()
+    return Figures(
+        contender=NAME,
+        case=case.name,
+        moved_bytes=ram["normal-bytes"],
+        total_seconds=done - sampler.begun,
+        moving_seconds=moving,
+        latency=guest.latency(before, after) if case.postcopy else None,
+        downtime_ms=1000 * (destination.wait("RESUME") - source.wait("STOP")),
+        processes=processes,
+        allocated_at_source=source.memory.allocated(),
+        allocated_at_destination=destination.memory.allocated(),
+        timeline=sampler.timeline,
+        faults_per_second=ram["postcopy-requests"] / moving if case.postcopy else None,
+        phases=_phases(source, destination),
+    )
+
+
+def _phases(source: Machine, destination: Machine) -> dict[str, dict[str, float]]:
+    """QEMU's own words, in milliseconds."""
+    told = {**source.execute("query-migrate"), **destination.execute("query-migrate")}
+    return {
+        "qemu": {
+            name: float(told[name])
+            for name in ("downtime", "setup-time", "postcopy-blocktime")
+            if name in told
+        }
+    }
