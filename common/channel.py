@@ -6,6 +6,7 @@ worker threads, as the loops that use the same channel do. One reader at a time.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
 
-from common.address import Address, Exec, File, Tcp, Unix
+from common.address import Address, Exec, Fd, File, Tcp, Unix, Vsock, takes_many
 from common.errors import ChannelLost, HostError, MigrationError
 from common.native._native import ffi, lib
 from common.native.loop import Stop, check, run_loop
@@ -33,6 +34,7 @@ T = TypeVar("T")
 # How long the last message may take to be taken by the peer before we close.
 DRAIN_SECONDS: Final = 10.0
 ANY_HOST: Final = ("", "0")
+MAX_UNIX_PATH: Final = 107  # bytes: sun_path of unix(7), less its end
 
 
 class Channel:
@@ -182,8 +184,10 @@ _OK: Final = lib.result_ok()
 async def connect(address: Address, name: str, stop: Stop | None = None) -> Channel:
     """A channel to `address`; ChannelLost in QEMU's words if that fails."""
     match address:
-        case Tcp() | Unix():
+        case Tcp() | Unix() | Vsock():
             return Channel(await _connect_socket(address), name, stop)
+        case Fd():
+            return Channel(_given(address), name, stop)
         case File(path, offset):
             return Channel(
                 _open_file(path, offset, os.O_WRONLY | os.O_CREAT), name, stop
@@ -193,25 +197,72 @@ async def connect(address: Address, name: str, stop: Stop | None = None) -> Chan
             return Channel(_take(process.stdin), name, stop, process)
 
 
-async def _connect_socket(address: Tcp | Unix) -> int:
+async def _connect_socket(address: Tcp | Unix | Vsock) -> int:
     try:
-        if isinstance(address, Tcp):
-            stream = await trio.open_tcp_stream(
-                address.host or "localhost", int(_port(address.port))
-            )
-            sock = stream.socket
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        else:
-            sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                await sock.connect(address.path)
-            except BaseException:
-                sock.close()
-                raise
+        match address:
+            case Tcp():
+                return await _connect_tcp(address)
+            case Unix():
+                sock, name = _new_socket(socket.AF_UNIX), address.name
+                return await _connect_to(sock, name)
+            case Vsock(cid, port):
+                sock = _new_socket(socket.AF_VSOCK)
+                return await _connect_to(sock, (int(cid), int(port)))
     except (OSError, UnicodeError) as error:
         reason = _reason(error)
         raise ChannelLost(f"Failed to connect to '{address}': {reason}") from None
+
+
+async def _connect_tcp(address: Tcp) -> int:
+    host = address.host or "localhost"
+    if not (address.ipv4 and address.ipv6):
+        host = await _numeric(host, _family(address))
+    stream = await trio.open_tcp_stream(host, int(_port(address.port)))
+    stream.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, address.keep_alive)
+    return stream.socket.detach()
+
+
+def _family(address: Tcp) -> socket.AddressFamily:
+    if address.ipv4 and address.ipv6:
+        return socket.AF_UNSPEC
+    return socket.AF_INET if address.ipv4 else socket.AF_INET6
+
+
+async def _numeric(host: str, family: socket.AddressFamily) -> str:
+    """The first address of `host` in that family."""
+    found = await trio.socket.getaddrinfo(host, None, family, socket.SOCK_STREAM)
+    return str(found[0][4][0])
+
+
+async def _local(address: Tcp) -> str | None:
+    """What to listen on; None is every address of both families."""
+    family = _family(address)
+    if address.host in ANY_HOST:
+        return {socket.AF_INET: "0.0.0.0", socket.AF_INET6: "::"}.get(family)
+    if family is socket.AF_UNSPEC:
+        return address.host
+    return await _numeric(address.host, family)
+
+
+def _new_socket(family: socket.AddressFamily) -> trio.socket.SocketType:
+    return trio.socket.socket(family, socket.SOCK_STREAM)
+
+
+async def _connect_to(sock: trio.socket.SocketType, name: str | tuple[int, int]) -> int:
+    try:
+        await sock.connect(name)
+    except BaseException:
+        sock.close()
+        raise
     return sock.detach()
+
+
+def _given(address: Fd) -> int:
+    """The descriptor that a client named; it is ours from here on."""
+    if address.number is None:
+        raise HostError(f"File descriptor named '{address}' has not been found")
+    return address.number
 
 
 def _reason(error: OSError | UnicodeError) -> str:
@@ -225,8 +276,17 @@ def _reason(error: OSError | UnicodeError) -> str:
     return (getattr(cause, "strerror", None) or str(cause)) if cause else str(error)
 
 
+class UnknownService(OSError):
+    """A port's name that this host does not know."""
+
+
 def _port(port: str) -> int:
-    return int(port) if port.isdecimal() else socket.getservbyname(port)
+    if port.isdecimal():
+        return int(port)
+    try:
+        return socket.getservbyname(port)
+    except OSError:
+        raise UnknownService(f"no service is called {port!r}") from None
 
 
 def _open_file(path: str, offset: int, flags: int) -> int:
@@ -279,16 +339,20 @@ class Listener:
     @property
     def many(self) -> bool:
         """Whether more than one channel can come in."""
-        return isinstance(self.address, Tcp | Unix)
+        return takes_many(self.address)
 
     async def open(self) -> None:
         """HostError in QEMU's words if the address cannot be bound or opened."""
         try:
             match self.address:
-                case Tcp(host, port):
-                    await self._open_tcp(host, port)
-                case Unix(path):
-                    await self._open_unix(path)
+                case Tcp():
+                    await self._open_tcp(self.address)
+                case Unix():
+                    await self._open_unix(self.address)
+                case Vsock(cid, port):
+                    await self._bind(socket.AF_VSOCK, (int(cid), int(port)))
+                case Fd():
+                    self._only = Channel(_given(self.address), "main")
                 case File(path, offset):
                     self._only = Channel(_open_file(path, offset, os.O_RDONLY), "main")
                 case Exec(arguments):
@@ -300,23 +364,45 @@ class Listener:
                 f"Failed to bind socket to {self.address}: {reason}"
             ) from None
 
-    async def _open_tcp(self, host: str, port: str) -> None:
-        listeners = await trio.open_tcp_listeners(
-            _port(port), host=None if host in ANY_HOST else host
-        )
-        self._sockets = [listener.socket for listener in listeners]
-
-    async def _open_unix(self, path: str) -> None:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-        sock = trio.socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    async def _open_tcp(self, address: Tcp) -> None:
+        """On the port, or on the first free one up to `to`."""
         try:
-            await sock.bind(path)
+            host = await _local(address)
+            first = _port(address.port)
+            last = max(first, address.to or 0)
+            while True:
+                try:
+                    found = await trio.open_tcp_listeners(first, host=host)
+                    break
+                except OSError as error:
+                    if first == last or error.errno != errno.EADDRINUSE:
+                        raise
+                first += 1
+        except (socket.gaierror, UnknownService, UnicodeError) as error:
+            raise HostError(
+                f"address resolution failed for {address}: {_reason(error)}"
+            ) from None
+        self._sockets = [listener.socket for listener in found]
+
+    async def _open_unix(self, address: Unix) -> None:
+        if not address.abstract:
+            if len(os.fsencode(address.path)) > MAX_UNIX_PATH:
+                raise HostError(f"UNIX socket path '{address}' is too long")
+            with suppress(FileNotFoundError):
+                os.unlink(address.path)
+        await self._bind(socket.AF_UNIX, address.name)
+        self._path = None if address.abstract else address.path
+
+    async def _bind(
+        self, family: socket.AddressFamily, name: str | tuple[int, int]
+    ) -> None:
+        sock = _new_socket(family)
+        try:
+            await sock.bind(name)
             sock.listen()
         except BaseException:
             sock.close()
             raise
-        self._path = path
         self._sockets = [sock]
 
     def describe(self) -> list[dict[str, Json]]:
@@ -367,6 +453,11 @@ class Listener:
 def _describe(sock: trio.socket.SocketType) -> dict[str, Json]:
     name = sock.getsockname()
     if sock.family == socket.AF_UNIX:
-        return {"type": "unix", "path": name}
+        abstract = isinstance(name, bytes)
+        path = os.fsdecode(name[1:]) if abstract else name
+        more: dict[str, Json] = {"abstract": True} if abstract else {}
+        return {"type": "unix", "path": path, **more}
+    if sock.family == socket.AF_VSOCK:
+        return {"type": "vsock", "cid": str(name[0]), "port": str(name[1])}
     version = "ipv6" if sock.family == socket.AF_INET6 else "ipv4"
     return {"type": "inet", "host": name[0], "port": str(name[1]), version: True}

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common import address
-from common.address import AddressError, Exec, File, Tcp, Unix
+from common.address import AddressError, Exec, Fd, File, Tcp, Unix, Vsock
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,15 @@ from common.address import AddressError, Exec, File, Tcp, Unix
         ("tcp:[::1]:4444", Tcp("::1", "4444"), "[::1]:4444"),
         ("tcp:host:65535", Tcp("host", "65535"), "host:65535"),
         ("tcp:host:ssh", Tcp("host", "ssh"), "host:ssh"),
+        ("tcp:h:1,to=9", Tcp("h", "1", to=9), "h:1"),
+        ("tcp:h:1,ipv4", Tcp("h", "1", ipv6=False), "h:1"),
+        ("tcp:h:1,ipv4=off", Tcp("h", "1", ipv4=False), "h:1"),
+        ("tcp:h:1,ipv6=on", Tcp("h", "1", ipv4=False), "h:1"),
+        ("tcp:h:1,ipv6=on,ipv4=on", Tcp("h", "1"), "h:1"),
+        ("tcp:h:1,keep-alive=on", Tcp("h", "1", keep_alive=True), "h:1"),
+        ("vsock:2:1234", Vsock("2", "1234"), "2:1234"),
+        ("fd:name", Fd("name"), "name"),
+        ("file:/tmp/x,offset=1M", File("/tmp/x", 1 << 20), "/tmp/x"),
         ("unix:/run/a b", Unix("/run/a b"), "/run/a b"),
         ("file:/tmp/x", File("/tmp/x"), "/tmp/x"),
         ("file:/tmp/x,offset=0x1000", File("/tmp/x", 4096), "/tmp/x"),
@@ -42,7 +51,19 @@ def test_uri(uri: str, meaning: address.Address, text: str) -> None:
         ("tcp", "unknown migration protocol: tcp"),
         ("TCP:localhost:1", "unknown migration protocol: TCP:localhost:1"),
         ("rdma:host:1", "unknown migration protocol: rdma:host:1"),
-        ("fd:name", "unknown migration protocol: fd:name"),
+        ("fd:", "invalid file descriptor address"),
+        ("vsock:x", "error parsing address 'x'"),
+        ("vsock:1:", "error parsing address '1:'"),
+        ("vsock:x:1", "Failed to parse cid 'x'"),
+        ("vsock:1:4294967296", "Failed to parse port '4294967296'"),
+        ("tcp:h:1,bogus=1", "error parsing address 'h:1,bogus=1'"),
+        ("tcp:h:1,ipv4=maybe", "error parsing 'ipv4' flag '=maybe'"),
+        ("tcp:h:1,to=x", "error parsing to= argument"),
+        ("tcp:h:1,to=65536", "port 65536 is larger than 65535"),
+        (
+            "tcp:h:1,ipv4=off,ipv6=off",
+            "Cannot disable IPv4 and IPv6 at same time",
+        ),
         ("tcp:", "error parsing address ''"),
         ("tcp:foo", "error parsing address 'foo'"),
         ("tcp:foo:", "error parsing address 'foo:'"),
@@ -79,12 +100,27 @@ def channel(**addr: Any) -> dict[str, Any]:
             Tcp("h", "1"),
         ),
         ({"transport": "socket", "type": "unix", "path": "/p"}, Unix("/p")),
+        (
+            {"transport": "socket", "type": "inet", "host": "h", "port": "1"}
+            | {"to": 5, "ipv6": False, "keep-alive": True, "numeric": True},
+            Tcp("h", "1", to=5, ipv6=False, keep_alive=True),
+        ),
+        (
+            {"transport": "socket", "type": "unix", "path": "p", "abstract": True},
+            Unix("p", abstract=True),
+        ),
+        (
+            {"transport": "socket", "type": "vsock", "cid": "1", "port": "2"},
+            Vsock("1", "2"),
+        ),
+        ({"transport": "socket", "type": "fd", "str": "name"}, Fd("name")),
         ({"transport": "file", "filename": "/f", "offset": 512}, File("/f", 512)),
         ({"transport": "exec", "args": ["cat", "-"]}, Exec(("cat", "-"))),
     ],
 )
 def test_channel(addr: dict[str, Any], meaning: address.Address) -> None:
     assert address.of_arguments(channel(**addr)) == meaning
+    assert address.of_arguments(channel(**addr), incoming=True) == meaning
 
 
 @pytest.mark.parametrize(
@@ -98,7 +134,7 @@ def test_channel(addr: dict[str, Any], meaning: address.Address) -> None:
         ),
         (
             {"channels": channel(transport="exec", args=["a"])["channels"] * 2},
-            "Channel list must have only one entry, for type 'main'",
+            "Channel list has more than one main entry",
         ),
         (
             {"channels": [{"channel-type": "cpr", "addr": {"transport": "exec"}}]},
@@ -107,8 +143,8 @@ def test_channel(addr: dict[str, Any], meaning: address.Address) -> None:
         (channel(transport="rdma", host="h"), "unknown migration protocol: rdma"),
         (channel(transport="exec", args=[]), "unknown migration protocol: exec"),
         (
-            channel(transport="socket", type="vsock", cid="1", port="1"),
-            "unknown migration protocol: socket",
+            channel(transport="socket", type="inet", host="h", port="1", mptcp=True),
+            "multipath TCP is not supported",
         ),
         (
             channel(transport="file", filename="/f", offset=1 << 63),
@@ -126,7 +162,18 @@ def test_bad_channel(arguments: dict[str, Any], text: str) -> None:
     assert str(error.value) == text
 
 
-@given(scheme=st.sampled_from(["tcp:", "unix:", "file:", "exec:", ""]), rest=st.text())
+def test_incoming_takes_one_channel() -> None:
+    two = {"channels": channel(transport="exec", args=["a"])["channels"] * 2}
+    with pytest.raises(AddressError) as error:
+        address.of_arguments(two, incoming=True)
+    text = "Channel list must have only one entry, for type 'main'"
+    assert str(error.value) == text
+
+
+SCHEMES = ["tcp:", "unix:", "vsock:", "fd:", "file:", "exec:", ""]
+
+
+@given(scheme=st.sampled_from(SCHEMES), rest=st.text())
 def test_any_uri(scheme: str, rest: str) -> None:
     with suppress(AddressError):
         address.parse(scheme + rest)

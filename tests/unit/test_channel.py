@@ -11,7 +11,7 @@ import pytest
 import trio
 import trio.testing
 
-from common.address import Exec, File, Tcp, Unix
+from common.address import Address, Exec, Fd, File, Tcp, Unix, Vsock
 from common.channel import Channel, Listener, connect
 from common.errors import ChannelLost, HostError
 from common.stream import fields
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MIB = 1 << 20
+VSOCK_PORT = 47223
 Pair = tuple[Channel, Channel]
 
 
@@ -171,21 +172,117 @@ async def test_connect_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "address",
+    ("address", "text"),
     [
-        Tcp("no-such-host.invalid", "1"),
-        Tcp("a" * 64 + ".invalid", "1"),
-        Tcp("..", "1"),
-        Tcp("127.0.0.1", "no-such-service"),
-        Unix("x" * 200),
-        Unix("x" * 5000),
+        (Tcp("no-such-host.invalid", "1"), "address resolution failed for no-such"),
+        (Tcp("no-such-host.invalid", "1", ipv6=False), "address resolution failed"),
+        (Tcp("a" * 64 + ".invalid", "1"), "address resolution failed for a"),
+        (Tcp("..", "1"), "address resolution failed for ..:1: "),
+        (Tcp("127.0.0.1", "no-such-service"), "address resolution failed for "),
+        (Tcp("::1", "1", ipv6=False), "address resolution failed for "),
+        (Unix("x" * 200), f"UNIX socket path '{'x' * 200}' is too long"),
+        (Unix("x" * 5000), "UNIX socket path 'x"),
+        (Fd("gone"), "File descriptor named 'gone' has not been found"),
     ],
 )
-async def test_connect_to_nonsense(address: Tcp | Unix) -> None:
-    with pytest.raises(ChannelLost, match="Failed to connect to '"):
+async def test_connect_to_nonsense(address: Address, text: str) -> None:
+    with pytest.raises((ChannelLost, HostError)) as error:
         await connect(address, "main")
-    with pytest.raises(HostError, match="Failed to bind socket to "):
+    assert "Failed to connect to '" in str(error.value) or isinstance(address, Fd)
+    with pytest.raises(HostError) as refused:
         await Listener(address).open()
+    assert str(refused.value).startswith(text)
+
+
+async def exchange(listener: Listener, address: Address) -> None:
+    """One channel from a connect to an accept, and a byte over it."""
+    accepted: list[Channel] = []
+
+    async def accept() -> None:
+        accepted.append(await listener.accept("main"))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(accept)
+        one = await connect(address, "main")
+    (other,) = accepted
+    await one.write(b"x")
+    assert await other.decode(lambda read: read(1)) == b"x"
+    for channel in (one, other):
+        channel.close()
+    listener.close()
+
+
+@pytest.mark.parametrize(
+    ("listen", "family"),
+    [
+        (Tcp("", "0", ipv6=False), "ipv4"),
+        (Tcp("", "0", ipv4=False), "ipv6"),
+        (Tcp("127.0.0.1", "0"), "ipv4"),
+        (Tcp("::1", "0"), "ipv6"),
+        (Tcp("localhost", "0", ipv6=False), "ipv4"),
+    ],
+)
+async def test_one_family(listen: Tcp, family: str) -> None:
+    listener = Listener(listen)
+    await listener.open()
+    (found,) = listener.describe()
+    assert found[family] is True
+    host = {"ipv4": "127.0.0.1", "ipv6": "::1"}[family]
+    await exchange(listener, Tcp(host, str(found["port"]), keep_alive=True))
+
+
+async def test_the_first_free_port() -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+        taken = sock.getsockname()[1]
+        with pytest.raises(HostError, match="Address already in use"):
+            await Listener(Tcp("127.0.0.1", str(taken))).open()
+        listener = Listener(Tcp("127.0.0.1", str(taken), to=taken + 9))
+        await listener.open()
+    (found,) = listener.describe()
+    assert taken < int(str(found["port"])) <= taken + 9
+    listener.close()
+
+
+async def test_abstract_unix_socket() -> None:
+    address = Unix(f"postcopyd-test-{os.getpid()}", abstract=True)
+    listener = Listener(address)
+    await listener.open()
+    assert listener.describe() == [
+        {"type": "unix", "path": address.path, "abstract": True}
+    ]
+    assert listener.many
+    await exchange(listener, address)
+    assert address.path not in os.listdir()
+
+
+async def test_descriptors_that_were_given() -> None:
+    one, other = socket.socketpair()
+    listener = Listener(Fd("in", other.detach()))
+    await listener.open()
+    assert not listener.many
+    assert listener.describe() == []
+    await exchange(listener, Fd("out", one.detach()))
+
+
+async def test_vsock() -> None:
+    """Between processes of one machine it needs the module vsock_loopback."""
+    address = Vsock("1", str(VSOCK_PORT))
+    listener = Listener(Vsock(str(socket.VMADDR_CID_ANY), str(VSOCK_PORT)))
+    try:
+        await listener.open()
+    except HostError as error:
+        pytest.skip(f"vsock: {error}")
+    assert listener.describe() == [
+        {"type": "vsock", "cid": str(socket.VMADDR_CID_ANY), "port": str(VSOCK_PORT)}
+    ]
+    if "vsock_loopback" not in os.listdir("/sys/module"):
+        with pytest.raises(ChannelLost, match="Failed to connect to '1:"):
+            await connect(address, "main")
+        listener.close()
+        return
+    await exchange(listener, address)
 
 
 async def test_file(tmp_path: Path) -> None:
