@@ -34,7 +34,7 @@ class GuestMemory:
         """The memfd of this name that a process holds; LookupError without one."""
         for link in Path(f"/proc/{pid}/fd").iterdir():
             if os.readlink(link).startswith(f"/memfd:{name}"):
-                with link.open("rb") as file:
+                with link.open("r+b", buffering=0) as file:
                     return cls(file.fileno())
         raise LookupError(f"process {pid} holds no memfd {name}")
 
@@ -51,6 +51,10 @@ class GuestMemory:
     def report(self) -> Report:
         """The test guest's own account."""
         return Report.parse(os.pread(self._fd, REPORT_SIZE, REPORT_ADDRESS))
+
+    def fill_zeroes(self) -> None:
+        """Give memory to every page that has none; it is all zeroes then."""
+        os.posix_fallocate(self._fd, 0, os.fstat(self._fd).st_size)
 
     def wait_filled(self, seconds: float = FILL_SECONDS) -> None:
         """Until the guest has filled its area and begun to work."""

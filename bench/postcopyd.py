@@ -32,6 +32,8 @@ def run(case: Case, directory: Path, link: Link | None = None) -> Figures:
         dst = enter(Destination(directory, *options(case)))
         ram = [enter(GuestMemory.of_process(s.process.pid)) for s in (src, dst)]
         ram[0].wait_filled()
+        if case.zeroed:
+            ram[0].fill_zeroes()
         prepare(case, src, dst)
         address = dst.listen()
         if link:

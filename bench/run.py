@@ -1,0 +1,169 @@
+"""Measures postcopyd, QEMU and the kernel's limit on this machine, in turns.
+
+    make bench
+    PYTHONPATH=tests .venv/bin/python bench/run.py --runs 1 --only preempt
+
+Results go to build/bench: results.json, table.txt, table.md, latency.png,
+pages.png. Every case runs `--runs` times and the table has medians. Ends with
+status 1 if a migration failed; a goal that is not met is told, not an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import account
+import goals
+import limit
+import plots
+import postcopyd
+import qemu
+import table
+from cases import CASES, GIB, LIMIT, MIB, POSTCOPYD, QEMU, by_name
+from metrics import METRICS, Results
+from relay import LINKS
+from support import hugepages
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from cases import Case
+    from figures import Figures
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+OUTPUT: Final = ROOT / "build" / "bench"
+SPARE: Final = 2 * GIB  # left alone when memory is touched before a run
+CONTENDERS: Final[dict[str, Callable[..., Figures]]] = {
+    POSTCOPYD: postcopyd.run,
+    QEMU: qemu.run,
+    LIMIT: limit.run,
+}
+
+
+def main() -> int:
+    wanted = arguments()
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    results = Results()
+    for name in sorted({by_name(case).link for case in wanted.only} & LINKS.keys()):
+        results.round_trips[name] = LINKS[name].round_trip()
+    for number, case, contender in plan(wanted):
+        one(results, case, contender, number)
+    write(results)
+    return 1 if results.errors or not results.figures else 0
+
+
+def arguments() -> argparse.Namespace:
+    names = [case.name for case in CASES]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=3, metavar="N")
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
+    parser.add_argument(
+        "--contender", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS)
+    )
+    return parser.parse_args()
+
+
+def plan(wanted: argparse.Namespace) -> Iterator[tuple[int, Case, str]]:
+    """What runs when: contenders take turns in being first."""
+    for number in range(wanted.runs):
+        for case in map(by_name, wanted.only):
+            taking_part = [c for c in case.contenders if c in wanted.contender]
+            first = number % max(len(taking_part), 1)
+            for contender in taking_part[first:] + taking_part[:first]:
+                yield number, case, contender
+
+
+def one(results: Results, case: Case, contender: str, number: int) -> None:
+    """Make one migration; its figures or its error go into the results."""
+    begun = time.monotonic()
+    try:
+        figures = prepared(case, CONTENDERS[contender])
+    except Exception as error:  # whatever it is, the others still run
+        results.errors.append(f"{case.name}, {contender}: {error!r}")
+        say(number, case, contender, f"FAILED: {error!r}")
+        return
+    results.figures.append(figures)
+    told = {name: METRICS[name].of(figures, case) for name in ("rate", "p50", "p99")}
+    words = ", ".join(f"{name} {table.number(value)}" for name, value in told.items())
+    say(number, case, contender, f"{words}; {time.monotonic() - begun:.1f} s in all")
+
+
+def prepared(case: Case, run: Callable[..., Figures]) -> Figures:
+    """Run with the memory it needs at hand, the same for each contender."""
+    with ExitStack() as stack:
+        prefix = f"postcopyd-bench-{case.name}-"
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix))
+        account.pretouch(min(2 * case.memory + GIB // 4, available() - SPARE))
+        if case.page_size == 2 * MIB:
+            pages = 2 * case.memory // case.page_size
+            stack.enter_context(hugepages.reserved(pages))
+        return run(case, Path(folder), LINKS.get(case.link))
+
+
+def available() -> int:
+    """Bytes of memory that are free, or can be made so."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    raise LookupError("no MemAvailable in /proc/meminfo")
+
+
+def say(number: int, case: Case, contender: str, text: str) -> None:
+    print(f"run {number + 1}: {case.name:16} {contender:9} {text}", flush=True)
+
+
+# -- output
+
+
+def write(results: Results) -> None:
+    cores = os.cpu_count() or 1
+    outcomes = [goals.outcome(goal, results, cores) for goal in goals.GOALS]
+    lines, told = table.rows(results), table.goal_rows(outcomes)
+    tables = {
+        "txt": (table.plain, f"{machine()}\n\n", results.errors),
+        "md": (table.markdown, f"{machine()}\n\n", results.errors),
+    }
+    for suffix, (drawn, head, errors) in tables.items():
+        text = head + drawn(table.header(), lines, texts=2)
+        text += "\n\n" + drawn(table.GOAL_HEADER, told, texts=2)
+        text += "".join(f"\n\nFAILED {error}" for error in errors) + "\n"
+        (OUTPUT / f"table.{suffix}").write_text(text)
+    (OUTPUT / "results.json").write_text(json.dumps(as_json(results, outcomes)))
+    plots.draw(results, OUTPUT)
+    print((OUTPUT / "table.txt").read_text())
+    print(f"All of it is in {OUTPUT.relative_to(ROOT)}.")
+
+
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next(line.split(":", 1)[1] for line in lines if "model name" in line)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // GIB
+    return (
+        f"{os.cpu_count()} cores of{model}, {memory} GiB, Linux {platform.release()};"
+        " medians; a line `/ x` is postcopyd divided by x"
+    )
+
+
+def as_json(results: Results, outcomes: list[goals.Outcome]) -> dict[str, Any]:
+    return {
+        "machine": machine(),
+        "cases": [asdict(case) for case in CASES],
+        "round_trips": results.round_trips,
+        "figures": [asdict(f) | {"throughput": f.throughput} for f in results.figures],
+        "goals": [asdict(o) | {"text": o.goal.text} for o in outcomes],
+        "errors": results.errors,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
