@@ -98,7 +98,7 @@ class Machine:
             *(("-incoming", "defer") if self._incoming else ()),
         ]
 
-    def execute(self, command: str, /, **arguments: object) -> Any:
+    def execute(self, command: str, /, **arguments: object) -> Any:  # noqa: ANN401
         """Underscores in the arguments' names stand for dashes."""
         answer = self.monitor.execute(command, **arguments)
         self._note_events()
