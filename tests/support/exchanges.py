@@ -1,0 +1,117 @@
+"""An exchange: what a client writes to a control socket, and what comes back.
+
+Exchanges are data, so that the same ones can be had with any monitor: QEMU's
+and the daemons'. The tables are tests/conformance/exchanges_*.py.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping
+
+PATIENCE: Final = 30.0  # seconds; a test that waits longer has failed
+
+ENDS: Final = ("source", "destination")
+
+
+def request(command: str, arguments: Any = None, /, **members: Any) -> bytes:
+    """A request as a client would write it; `members` stand next to it."""
+    body = {} if arguments is None else {"arguments": arguments}
+    return json.dumps({"execute": command, **body, **members}).encode()
+
+
+def oob(command: str, arguments: Any = None, /, **members: Any) -> bytes:
+    """The same, to be executed out of band."""
+    body = {} if arguments is None else {"arguments": arguments}
+    return json.dumps({"exec-oob": command, **body, **members}).encode()
+
+
+NEGOTIATE: Final = request("qmp_capabilities")
+NEGOTIATE_OOB: Final = request("qmp_capabilities", {"enable": ["oob"]})
+_LAST: Final = "the end of the exchange"
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """One connection, from the greeting to its end.
+
+    `writes` go out one by one, behind what negotiates; then the client shuts
+    down its side and reads to the end. With `asks_last` it asks once more and
+    reads to the answer, because QEMU forgets what it has not yet executed or
+    written when its client stops writing.
+    """
+
+    name: str
+    writes: tuple[bytes, ...]
+    ends: tuple[str, ...] = ENDS
+    negotiate: bytes = NEGOTIATE
+    asks_last: bool = False
+
+    def with_monitor(self, path: str) -> bytes:
+        """All that the monitor at the socket `path` says."""
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(PATIENCE)
+            sock.connect(path)
+            for data in (self.negotiate, *self.writes):
+                sock.sendall(data)
+            if self.asks_last:
+                sock.sendall(request("query-name", id=_LAST))
+            else:
+                sock.shutdown(socket.SHUT_WR)
+            return b"".join(_read(sock))
+
+
+def _read(sock: socket.socket) -> Iterator[bytes]:
+    end = b""
+    while data := sock.recv(1 << 16):
+        yield data
+        end = (end + data)[-200:]
+        if _LAST.encode() in end and end.endswith(b"\n"):
+            return
+
+
+def exchange(name: str, *writes: bytes, **options: Any) -> Exchange:
+    """The ordinary way to spell one."""
+    return Exchange(name, writes, **options)
+
+
+def calls(command: str, *arguments: Any, **options: Any) -> list[Exchange]:
+    """One exchange for each of the arguments."""
+    return [
+        Exchange(f"{command} {_short(value)}", (request(command, value),), **options)
+        for value in arguments
+    ]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=True)
+    return text if len(text) <= 120 else f"{text[:100]}... {len(text)} characters"
+
+
+def replies(said: bytes) -> list[Any]:
+    """The lines as values, without what differs from one moment to the next."""
+    assert said.endswith(b"\r\n")
+    return [_lasting(line) for line in said.split(b"\r\n")[:-1]]
+
+
+def _lasting(line: bytes) -> Any:
+    """QEMU's package is the distribution's name for it, ours the daemon's."""
+    try:
+        reply = json.loads(line)
+    except (ValueError, RecursionError):
+        # QEMU's `inf`, or an id of the greatest depth: as text.
+        return line.decode()
+    reply.pop("timestamp", None)
+    if "QMP" in reply:
+        reply["QMP"]["version"]["package"] = ""
+    return reply
+
+
+def errors(said: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The descriptions of the errors among some replies."""
+    return [reply["error"]["desc"] for reply in said if "error" in reply]
