@@ -146,7 +146,8 @@ def _backend(case: Case) -> str:
 
 
 def _line(case: Case) -> str:
-    return f"{guest.line(case)} vcpus={case.vcpus} tsc-khz={guest.tsc_khz()}"
+    facts = f"vcpus={case.vcpus} tsc-khz={guest.tsc_khz()} rest=halt"
+    return f"{guest.line(case)} {facts}"
 
 
 @dataclass(slots=True)

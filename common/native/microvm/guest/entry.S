@@ -5,8 +5,8 @@
  * user: some nested hypervisors run level 3 at full speed and emulate level 0
  * instruction by instruction. They also lose the I/O privilege level on the
  * way, so it is the permission map of a task state segment that opens the
- * ports. No interrupt is ever enabled and there is no interrupt table: an
- * exception is a triple fault, which the VMM reports.
+ * ports. Only halt_gate below enables interrupts, and the interrupt table has
+ * no gates for other exceptions: one is a triple fault, which the VMM reports.
  *
  * The first vCPU starts at pvh_entry with the start info in ebx. It copies the
  * bytes from ap_start to ap_end to AP_PAGE, where the other vCPUs start in
@@ -20,6 +20,14 @@
 #define USER_CODE (0x20 | 3)
 #define USER_DATA (0x28 | 3)
 #define TASKS 0x30
+
+#define UNDEFINED_VECTOR 6
+#define INTERRUPT_GATE 0x8e00
+
+#define TASK_PORTS 0x1000    /* ports in a task state segment */
+#define TASK_SIZE (104 + TASK_PORTS / 8 + 1)
+#define TASK_STACK 4         /* of level 0 */
+#define LEVEL0_STACK 1024    /* the lowest bytes of a vCPU's stack */
 
 #define CR0_PE 0x1
 #define CR0_PG 0x80000000
@@ -84,6 +92,7 @@ to_long_mode:
 long_mode:
         movl $DATA, %eax
         movl %eax, %ss
+        lidt idt_pointer
         /* Stack of this vCPU: the stacks lie one behind the other. */
         leal 1(%esi), %eax
         imull $GUEST_STACK, %eax
@@ -94,11 +103,19 @@ long_mode:
         pushq $FLAGS
         pushq $USER_CODE
         pushq $user_mode
-        /* Each vCPU has a descriptor of the one TSS: loading makes it busy. */
-        movl %esi, %eax
-        shll $4, %eax
-        addl $TASKS, %eax
-        ltr %ax
+        /* The TSS of this vCPU, and the address in its descriptor. */
+        imull $TASK_SIZE, %esi, %ecx
+        addl $tasks, %ecx
+        subl $(GUEST_STACK - LEVEL0_STACK), %eax
+        movl %eax, TASK_STACK(%ecx)
+        movl %esi, %edx
+        shll $4, %edx
+        addl $TASKS, %edx
+        movw %cx, gdt + 2(%edx)
+        shrl $16, %ecx
+        movb %cl, gdt + 4(%edx)
+        movb %ch, gdt + 7(%edx)
+        ltr %dx
         iretq
 
 user_mode:
@@ -108,6 +125,28 @@ user_mode:
         xorl %ebp, %ebp
         call guest_main
         ud2
+
+/*
+ * ud2: rest for eax ticks of the local APIC's timer. The hypervisors that
+ * emulate level 0 deliver this exception there, but neither int nor syscall.
+ * They also run level 3 with interrupts enabled, so the timer starts here,
+ * where they are not: its interrupt ends the halt and nothing else.
+ */
+        .globl halt_gate, timer_gate
+halt_gate:
+        addq $2, (%rsp)                 /* behind the instruction */
+        movabsl %eax, APIC_BASE + APIC_TIMER_COUNT
+        sti
+        hlt
+        cli
+        iretq
+
+timer_gate:
+        pushq %rax
+        xorl %eax, %eax
+        movabsl %eax, APIC_BASE + APIC_INTERRUPT_END
+        popq %rax
+        iretq
 
 /* Runs at AP_PAGE, reached with cs = AP_PAGE >> 4. */
         .code16
@@ -134,13 +173,8 @@ gdt:
         .quad 0x00cf93000000ffff        /* DATA */
         .quad 0x00affb000000ffff        /* USER_CODE */
         .quad 0x00cff3000000ffff        /* USER_DATA */
-        .rept GUEST_VCPUS_MAX           /* TASKS */
-        .word task_end - task - 1
-        .word task_low
-        .byte task_middle
-        .byte 0x89
-        .byte 0
-        .byte task_high
+        .rept GUEST_VCPUS_MAX           /* TASKS; the address comes later */
+        .quad 0x0000890000000000 + TASK_SIZE - 1
         .quad 0
         .endr
 gdt_end:
@@ -148,16 +182,32 @@ gdt_pointer:
         .word gdt_end - gdt - 1
         .long gdt
 
-/* A task state segment for its permission map: all ports below 0x1000. */
+/* An interrupt table with two gates; both leave interrupts disabled. */
         .balign 8
-        .globl task
-task:
+idt:
+        .fill UNDEFINED_VECTOR * 2, 8, 0
+        .word halt_gate_low, CODE64, INTERRUPT_GATE, halt_gate_high
+        .quad 0
+        .fill (TIMER_VECTOR - UNDEFINED_VECTOR - 1) * 2, 8, 0
+        .word timer_gate_low, CODE64, INTERRUPT_GATE, timer_gate_high
+        .quad 0
+idt_end:
+idt_pointer:
+        .word idt_end - idt - 1
+        .quad idt
+
+/*
+ * Task state segments, for their permission maps, which open all ports below
+ * 0x1000, and for the stack that a gate changes to.
+ */
+        .balign 8
+tasks:
+        .rept GUEST_VCPUS_MAX
         .fill 102, 1, 0
-        .word task_ports - task
-task_ports:
-        .fill 0x1000 / 8, 1, 0
+        .word 104                       /* where the map is */
+        .fill TASK_PORTS / 8, 1, 0
         .byte 0xff
-task_end:
+        .endr
 
         .balign 4
         .globl next_number

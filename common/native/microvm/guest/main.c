@@ -15,9 +15,9 @@
 
 #define SCRATCH_MARK 0xa5u
 
-#define APIC_BASE 0xfee00000u
-#define APIC_SPURIOUS 0xf0u
-#define APIC_COMMAND_LOW 0x300u
+#define APIC_MASKED 0x10000u
+#define APIC_DIVIDE_BY_1 0xbu
+#define APIC_TICKS_PER_US 1000u /* KVM's timer counts nanoseconds */
 #define APIC_ENABLE 0x1ffu
 #define APIC_INIT_OTHERS 0x000c4500u
 #define APIC_START_OTHERS 0x000c4600u
@@ -195,6 +195,32 @@ static void start_others(void)
     }
 }
 
+/* Rests */
+
+/* Of the interrupts, only the timer's has somebody who takes it. */
+static void prepare_halting(void)
+{
+    apic_write(APIC_SPURIOUS, APIC_ENABLE);
+    apic_write(APIC_LINE_0, APIC_MASKED);
+    apic_write(APIC_LINE_1, APIC_MASKED);
+    apic_write(APIC_TIMER_DIVIDE, APIC_DIVIDE_BY_1);
+    apic_write(APIC_TIMER, TIMER_VECTOR);
+}
+
+static void halt(uint32_t us)
+{
+    /* See halt_gate. */
+    __asm__ volatile("ud2" : : "a"(us * APIC_TICKS_PER_US) : "memory");
+}
+
+static void rest(uint32_t us)
+{
+    if (settings.halt)
+        halt(us);
+    else
+        out32(PORT_NAP, us);
+}
+
 static void say_start(void)
 {
     struct text t = { 0 };
@@ -236,12 +262,14 @@ void guest_main(uint32_t start_info, uint32_t number)
         set_up((const struct pvh_start_info *)(uintptr_t)start_info);
     while (!__atomic_load_n(&go, __ATOMIC_ACQUIRE))
         __builtin_ia32_pause();
+    if (settings.halt)
+        prepare_halting();
     workload_init(&w, &platform, (uint8_t *)GUEST_WINDOW, number, &settings,
                   &layout);
     for (;;) {
         uint32_t wait = workload_step(&w);
 
         if (wait > 0)
-            out32(PORT_NAP, wait);
+            rest(wait);
     }
 }

@@ -6,7 +6,8 @@
  * to another microvm. (QEMU does save it, and the guest doesn't notice.)
  *
  * The nap port is microvm's own: writing N makes the vCPU rest N microseconds.
- * Elsewhere nothing listens there and the guest spins.
+ * Elsewhere nothing listens there and the guest spins, unless it is told to
+ * rest in another way (see settings.h).
  */
 #ifndef GUEST_PORTS_H
 #define GUEST_PORTS_H

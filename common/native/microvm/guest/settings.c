@@ -1,7 +1,5 @@
 #include "settings.h"
 
-#include <stdbool.h>
-
 /* What follows `key` in `word`; NULL if the word starts otherwise. */
 static const char *after(const char *word, const char *key)
 {
@@ -58,6 +56,8 @@ static void parse_word(struct settings *s, const char *word)
         s->vcpus = clamp_vcpus(parse_size(value));
     else if ((value = after(word, "tsc-khz=")))
         s->tsc_khz = parse_size(value);
+    else if ((value = after(word, "rest=halt")) && ends(*value))
+        s->halt = true;
     else if ((value = after(word, "read-only")) && ends(*value))
         s->mode = REPORT_READING;
     else if ((value = after(word, "idle")) && ends(*value))

@@ -10,6 +10,7 @@
  *     idle             fill the memory, then do nothing but count
  *     sweep=N          every Nth access takes the next page in order instead
  *                      of a random one, so that each page has its turn; 0: none
+ *     rest=halt        rest by halting the vCPU; microvm's nap port without it
  *     vcpus=N          how many vCPUs there are (microvm adds this)
  *     tsc-khz=N        speed of the time stamp counter (microvm adds this)
  *
@@ -20,6 +21,8 @@
 
 #include "report.h"
 
+#include <stdbool.h>
+
 struct settings {
     uint64_t area; /* bytes; 0: most of the RAM */
     uint64_t seed;
@@ -28,6 +31,7 @@ struct settings {
     uint64_t tsc_khz; /* 0: not said */
     uint32_t vcpus;
     uint32_t mode; /* enum report_mode */
+    bool halt;
 };
 
 struct settings settings_parse(const char *line);
