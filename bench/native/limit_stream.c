@@ -8,11 +8,13 @@
 #include "stream_ways.h"
 #include "tcp.h"
 
+#include <errno.h>
 #include <getopt.h>
 #include <signal.h>
 #include <stdio.h>
-#include <stdlib.h>
+#include <string.h>
 #include <sys/prctl.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 static const char help[] =
@@ -95,23 +97,23 @@ static bool parse_options(int argc, char **argv, struct options *o,
 /* Measuring */
 
 /* In a process of its own, which ends with this one. */
-static bool start_source(const struct stream_source *s, uint16_t *port,
-                         struct fail *why)
+static bool start_source(const struct stream_source *s, pid_t *child,
+                         uint16_t *port, struct fail *why)
 {
     int listener = tcp_listen(port, why);
-    pid_t child = listener < 0 ? -1 : fork();
 
-    if (listener >= 0 && child < 0)
-        return fail(why, "cannot start the sender");
-    if (child == 0) {
+    if (listener < 0)
+        return false;
+    *child = fork();
+    if (*child == 0) {
         prctl(PR_SET_PDEATHSIG, SIGKILL);
         if (!stream_source_run(s, listener, why))
             fprintf(stderr, "limit_stream: the sender: %s\n", why->text);
         _exit(0);
     }
-    if (listener >= 0)
-        close(listener);
-    return listener >= 0;
+    close(listener);
+    return *child > 0 ||
+           fail(why, "cannot start the sender: %s", strerror(errno));
 }
 
 static bool prepare(const struct way *way, struct landing *l, struct figures *f,
@@ -151,26 +153,37 @@ static bool stream(const struct way *way, struct landing *l, int fd,
     return tcp_receive_bytes(fd, &f->sender, sizeof(f->sender), why);
 }
 
-static bool measure(const struct options *o, struct figures *f,
+static bool receive(const struct options *o, uint16_t port, struct figures *f,
                     struct fail *why)
 {
     static struct landing landing;
-    uint16_t port;
+    int fd = tcp_connect("127.0.0.1", port, why);
     char ready;
-    int fd;
 
-    *f = (struct figures){ 0 };
-    if (!memory_warm_up(3 * o->source.length, why) ||
-        !start_source(&o->source, &port, why))
-        return false;
-    fd = tcp_connect("127.0.0.1", port, why);
     if (fd < 0 || !tcp_set_congestion(fd, o->source.congestion, why) ||
-        !tcp_receive_bytes(fd, &ready, 1, why))
+        !tcp_receive_bytes(fd, &ready, sizeof(ready), why))
         return false;
     return landing_create(&landing, o->source.length, why) &&
            prepare(o->way, &landing, f, why) && landing_watch(&landing, why) &&
            stream(o->way, &landing, fd, f, why) &&
            (!o->way->keeps || landing_count_wrong(&landing, &f->wrong, why));
+}
+
+static bool measure(const struct options *o, struct figures *f,
+                    struct fail *why)
+{
+    uint16_t port;
+    pid_t child;
+    bool good;
+
+    *f = (struct figures){ 0 };
+    if (!memory_warm_up(3 * o->source.length, why) ||
+        !start_source(&o->source, &child, &port, why))
+        return false;
+    good = receive(o, port, f, why);
+    kill(child, SIGKILL);
+    waitpid(child, NULL, 0);
+    return good;
 }
 
 static void print_figures(const struct options *o, const struct figures *f)

@@ -1,6 +1,7 @@
 #include "memory.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -50,4 +51,22 @@ bool memory_warm_up(uint64_t length, struct fail *why)
         map[at] = 1;
     munmap(map, length);
     return true;
+}
+
+/* Anonymous pages and pages of files, without those of memfds. */
+uint64_t memory_own(pid_t pid)
+{
+    unsigned long long anonymous = 0, of_files = 0;
+    char path[32], line[128];
+    FILE *status;
+
+    snprintf(path, sizeof(path), "/proc/%d/status", pid);
+    status = fopen(path, "re");
+    while (status && fgets(line, sizeof(line), status)) {
+        sscanf(line, "RssAnon: %llu", &anonymous);
+        sscanf(line, "RssFile: %llu", &of_files);
+    }
+    if (status)
+        fclose(status);
+    return (anonymous + of_files) << 10;
 }

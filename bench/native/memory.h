@@ -5,6 +5,7 @@
 #include "fail.h"
 
 #include <stdint.h>
+#include <sys/types.h>
 
 #define SMALL_PAGE 4096u
 #define HUGE_PAGE (2u << 20)
@@ -21,5 +22,8 @@ uint8_t *memory_map(int fd, uint64_t length, struct fail *why);
  * is measured.
  */
 bool memory_warm_up(uint64_t length, struct fail *why);
+
+/* Bytes that a process uses besides shared memory; 0 if nobody knows. */
+uint64_t memory_own(pid_t pid);
 
 #endif
