@@ -428,14 +428,13 @@ def _float(token: bytes) -> bytes:
 
 
 def _double_quoted(token: bytes) -> bytes:
-    _check_string(token[1:-1])
+    _check_string(token)
     return _REQUOTE_DOUBLE.sub(_requote, token) if rb"\'" in token else token
 
 
 def _single_quoted(token: bytes) -> bytes:
-    body = token[1:-1]
-    _check_string(body)
-    return b'"' + _REQUOTE_SINGLE.sub(_requote, body) + b'"'
+    _check_string(token)
+    return b'"' + _REQUOTE_SINGLE.sub(_requote, token[1:-1]) + b'"'
 
 
 # An escape is looked at as a whole: in an escaped backslash followed by a quote
@@ -448,8 +447,9 @@ def _requote(found: re.Match[bytes]) -> bytes:
     return {b'"': rb"\"", rb"\'": b"'"}.get(found[0], found[0])
 
 
-def _check_string(body: bytes) -> None:
+def _check_string(token: bytes) -> None:
     """Check escapes and UTF-8; of several faults the first one is reported."""
+    body = token[1:-1]
     if b"\\" not in body and body.isascii():
         return
     escapes = _WELL_ESCAPED.match(body)
@@ -460,7 +460,7 @@ def _check_string(body: bytes) -> None:
         if error.start < bad_escape:
             raise _Malformed("invalid UTF-8 sequence in string") from None
     if bad_escape < len(body):
-        raise _Malformed(_bad_escape(body[bad_escape:]))
+        raise _Malformed(_bad_escape(token[1 + bad_escape :]))
 
 
 def _bad_escape(rest: bytes) -> str:

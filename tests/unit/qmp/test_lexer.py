@@ -97,7 +97,7 @@ STREAMS = {
     b'"\xc3\xa9\x7f"': [Text(b'"\xc3\xa9\x7f"')],
     rb'"\x"': [parse_error("invalid escape sequence in string")],
     rb'"\ "': [parse_error("invalid escape sequence in string")],
-    rb'"\u12"': [parse_error(r"\u12 is not a valid Unicode character")],
+    rb'"\u12"': [parse_error(r'\u12" is not a valid Unicode character')],
     rb'"\uwxyz!"': [parse_error(r"\uwxyz is not a valid Unicode character")],
     rb'"\ud800"': [parse_error(r"\ud800 is not a valid Unicode character")],
     rb'"\ud800\u0041"': [parse_error(r"\ud800 is not a valid Unicode character")],
