@@ -44,12 +44,9 @@ MEMBERS = [
         '{"Execute": "query-name"}',
         '{"return": {}}',
         '{"event": "STOP", "id": 5}',
-        '{"execute": 1, "extra": 1}',
-        '{"extra": 1, "execute": 1}',
         '{"execute": "nope", "arguments": 1}',
         '{"execute": "nope", "extra": 1}',
         '{"execute": "nope", "arguments": {"x": 1}}',
-        '{"extra": 1, "arguments": 1}',
         '{"arguments": 1}',
         '{"id": {"a": [1]}, "execute": "nope"}',
     )

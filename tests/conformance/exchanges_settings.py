@@ -171,7 +171,6 @@ RANGES = [
     parameters("as they are by default", {"max-bandwidth": 134217728}),
     parameters("all or nothing", {"max-bandwidth": 5, "downtime-limit": 2_000_001}),
     parameters("one after the other", {"max-bandwidth": 5}, {"downtime-limit": 6}),
-    parameters("two out of range", {"announce-step": 0, "downtime-limit": 2_000_001}),
     parameters("initial above max", {"cpu-throttle-initial": 50,
                                      "max-cpu-throttle": 40}),
     parameters("max below initial, later", {"cpu-throttle-initial": 50},

@@ -107,8 +107,9 @@ def _lasting(line: bytes) -> Any:
         # QEMU's `inf`, or an id of the greatest depth: as text.
         return line.decode()
     reply.pop("timestamp", None)
-    if "QMP" in reply:
-        reply["QMP"]["version"]["package"] = ""
+    for version in (reply.get("QMP", {}).get("version"), reply.get("return")):
+        if isinstance(version, dict) and "package" in version:
+            version["package"] = ""
     return reply
 
 
