@@ -7,6 +7,8 @@ Each file has up to four members:
     events     name -> doc, data
     types      name -> one of
                  members [, tag, variants]   an object
+                 members, base               another object with members added, or
+                                             replaced where the name is the same
                  enum                        value -> doc
                  names-of                    an enum: the member names of an object
                  alternate                   any of these types

@@ -507,8 +507,11 @@ class _Reader:
 
     def _define_object(self, entry: Mapping[str, Json]) -> Object:
         variants = _dict(entry.get("variants", {}))
+        base = self._object_or_name(entry.get("base", {})).members
+        own = self._members(_dict(entry["members"]))
+        members = {member.name: member for member in (*base, *own)}
         return Object(
-            self._members(_dict(entry["members"])),
+            tuple(members.values()),
             str(entry["tag"]) if "tag" in entry else None,
             {case: self._object_or_name(name) for case, name in variants.items()},
         )
