@@ -3,18 +3,17 @@
 The machine is `microvm`, the smallest with PVH boot, firmware and a serial
 port. Its memory is a shared memfd, as our own guest's is.
 
-The downtime is that of QEMU's events, which carry times of the machine's
-clock: from STOP at the source to RESUME at the destination.
+Times are those of QEMU's events, by the machine's clock; the downtime lasts
+from STOP at the source to RESUME at the destination. The guest's first step
+after that, which needs some pages, is among the phases, in ms since STOP.
 """
 
 from __future__ import annotations
 
-import contextlib
-import select
 import socket
 import subprocess
 import time
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -22,20 +21,18 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import account
 import guest
 from figures import Figures, Process
-from memory import GuestMemory
+from memory import GuestMemory, Sampler
 from support.qemu import Monitor, executable
 
 if TYPE_CHECKING:
     from cases import Case
     from relay import Link
-    from support.report import Report
 
 NAME: Final = "qemu"
 MEMFD: Final = "memory-backend-memfd"
 PLENTY: Final = 100 << 30  # bytes per second: no limit
 FILL_SECONDS: Final = 120.0
 PATIENCE: Final = 300.0
-SAMPLE_SECONDS: Final = 0.02
 KERNEL: Final = Path(str(resources.files("common.native"))) / "bin/test-guest.elf"
 
 
@@ -66,7 +63,7 @@ class Machine:
         self.monitor = Monitor(self.socket)
         try:
             self.monitor.negotiate()
-            self.memory = GuestMemory.of_process(self.process.pid, MEMFD)
+            self.memory = GuestMemory.of_process(self.pid, MEMFD)
         except BaseException:
             self._end()
             raise
@@ -98,6 +95,10 @@ class Machine:
             *(("-incoming", "defer") if self._incoming else ()),
         ]
 
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
     def execute(self, command: str, /, **arguments: object) -> Any:  # noqa: ANN401
         """Underscores in the arguments' names stand for dashes."""
         answer = self.monitor.execute(command, **arguments)
@@ -111,13 +112,6 @@ class Machine:
             self.monitor.events.append(self.monitor.next_event(deadline))
             self._note_events()
         return self.moments[moment]
-
-    def look(self, seconds: float) -> None:
-        """Wait so long for an event."""
-        if select.select([self.socket], [], [], seconds)[0]:
-            event = self.monitor.next_event(time.monotonic() + PATIENCE)
-            self.monitor.events.append(event)
-            self._note_events()
 
     def wait_filled(self) -> None:
         """Until the guest has filled its area and begun to work."""
@@ -150,37 +144,9 @@ def _line(case: Case) -> str:
     return f"{guest.line(case)} {facts}"
 
 
-@dataclass(slots=True)
-class Sampler:
-    """How much the source has sent, every 20 ms until both sides are done."""
-
-    source: Machine
-    destination: Machine
-    begun: float
-    timeline: list[tuple[float, int]] = field(default_factory=list)
-
-    def until_completed(self) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while not self._over():
-            self._sample()
-            if time.monotonic() > deadline:
-                raise BenchError("the migration does not end")
-            self.destination.look(SAMPLE_SECONDS)
-        self._sample()
-
-    def _over(self) -> bool:
-        sides = (self.source, self.destination)
-        return all("completed" in side.moments for side in sides)
-
-    def _sample(self) -> None:
-        ram = self.source.execute("query-migrate").get("ram", {})
-        sent = ram.get("normal-bytes", 0)
-        self.timeline.append((round(time.time() - self.begun, 4), sent))
-
-
 def run(case: Case, directory: Path, link: Link | None = None) -> Figures:
     """One migration of `case`; its files go into `directory`, which is empty."""
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         enter = stack.enter_context
         source = enter(Machine(case, directory, "source"))
         destination = enter(Machine(case, directory, "destination"))
@@ -190,14 +156,7 @@ def run(case: Case, directory: Path, link: Link | None = None) -> Figures:
         uri = _listen(destination)
         if link:
             uri = enter(link.to(uri))
-        sides = {"source": source, "destination": destination}
-        usage = {
-            role: account.Usage([side.process.pid]) for role, side in sides.items()
-        }
-        sampler = _migrate(case, source, destination, uri)
-        after = destination.memory.report()
-        processes = {role: _process(usage[role], side) for role, side in sides.items()}
-        return _figures(case, sampler, processes, after)
+        return _measure(case, source, destination, uri)
 
 
 def _prepare(case: Case, side: Machine) -> None:
@@ -223,59 +182,57 @@ def _listen(destination: Machine) -> str:
     return f"tcp:{address['host']}:{address['port']}"
 
 
-def _migrate(case: Case, source: Machine, destination: Machine, uri: str) -> Sampler:
-    sampler = Sampler(source, destination, begun=time.time())
-    source.execute("migrate", uri=uri)
-    source.wait("active")
-    if case.postcopy:
-        source.execute("migrate-start-postcopy")
-    sampler.until_completed()
-    return sampler
-
-
-def _process(usage: account.Usage, side: Machine) -> Process:
-    cpu, vcpus = usage.end()
-    return Process(
-        cpu_seconds=cpu,
-        vcpu_seconds=vcpus,
-        own_bytes=account.own_bytes(side.process.pid),
-    )
-
-
-def _figures(
-    case: Case, sampler: Sampler, processes: dict[str, Process], after: Report
-) -> Figures:
-    source, destination = sampler.source, sampler.destination
-    done = max(side.moments["completed"] for side in (source, destination))
-    phase = "postcopy-active" if case.postcopy else "active"
-    moving = done - source.moments[phase]
+def _measure(case: Case, source: Machine, destination: Machine, uri: str) -> Figures:
+    sides = {"source": source, "destination": destination}
+    usage = {role: account.Usage([side.pid]) for role, side in sides.items()}
+    with Sampler(destination.memory) as sampler:
+        begun = time.time()
+        source.execute("migrate", uri=uri)
+        moving = source.wait("active")
+        if case.postcopy:
+            source.execute("migrate-start-postcopy")
+        stopped = source.wait("STOP")
+        before = source.memory.report()
+        resumed = destination.wait("RESUME")
+        first_step = guest.first_step(destination.memory, before)
+        completed = max(side.wait("completed") for side in sides.values())
+        after = destination.memory.report()
+    if after.wrong:
+        raise BenchError(f"the guest found wrong pages: {after}")
     ram = source.execute("query-migrate")["ram"]
-    # A stopped source keeps its memory as it was at the switch.
-    before = source.memory.report()
+    moved = ram["normal-bytes"]
+    if case.postcopy:
+        moving, moved = stopped, moved - ram["precopy-bytes"]
+    seconds = completed - moving
     return Figures(
         contender=NAME,
         case=case.name,
-        moved_bytes=ram["normal-bytes"],
-        total_seconds=done - sampler.begun,
-        moving_seconds=moving,
+        moved_bytes=moved,
+        total_seconds=completed - begun,
+        moving_seconds=seconds,
         latency=guest.latency(before, after) if case.postcopy else None,
-        downtime_ms=1000 * (destination.wait("RESUME") - source.wait("STOP")),
-        processes=processes,
+        downtime_ms=(resumed - stopped) * 1000,
+        processes={role: _process(sides[role], used) for role, used in usage.items()},
         allocated_at_source=source.memory.allocated(),
         allocated_at_destination=destination.memory.allocated(),
         timeline=sampler.timeline,
-        faults_per_second=ram["postcopy-requests"] / moving if case.postcopy else None,
-        phases=_phases(source, destination),
+        faults_per_second=ram["postcopy-requests"] / seconds if case.postcopy else None,
+        phases={
+            "qemu": _told(source, destination),
+            "guest": {"first-step": (first_step - stopped) * 1000},
+        },
     )
 
 
-def _phases(source: Machine, destination: Machine) -> dict[str, dict[str, float]]:
+def _process(side: Machine, used: account.Usage) -> Process:
+    own, vcpus = used.end()
+    return Process(
+        cpu_seconds=own, vcpu_seconds=vcpus, own_bytes=account.own_bytes(side.pid)
+    )
+
+
+def _told(source: Machine, destination: Machine) -> dict[str, float]:
     """QEMU's own words, in milliseconds."""
     told = {**source.execute("query-migrate"), **destination.execute("query-migrate")}
-    return {
-        "qemu": {
-            name: float(told[name])
-            for name in ("downtime", "setup-time", "postcopy-blocktime")
-            if name in told
-        }
-    }
+    names = ("downtime", "setup-time", "postcopy-blocktime")
+    return {name: float(told[name]) for name in names if name in told}
