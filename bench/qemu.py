@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 NAME: Final = "qemu"
 MEMFD: Final = "memory-backend-memfd"
 PLENTY: Final = 100 << 30  # bytes per second: no limit
-FILL_SECONDS: Final = 120.0
 PATIENCE: Final = 300.0
 KERNEL: Final = Path(str(resources.files("common.native"))) / "bin/test-guest.elf"
 
@@ -113,14 +112,6 @@ class Machine:
             self._note_events()
         return self.moments[moment]
 
-    def wait_filled(self) -> None:
-        """Until the guest has filled its area and begun to work."""
-        deadline = time.monotonic() + FILL_SECONDS
-        while "filled" not in self.serial.read_text():
-            if time.monotonic() > deadline or self.process.poll() is not None:
-                raise BenchError(f"the guest does not fill: {self.log.read_text()}")
-            time.sleep(0.01)  # the guest writes to a file, which has no events
-
     def _note_events(self) -> None:
         for event in self.monitor.events:
             clock = event["timestamp"]
@@ -150,7 +141,9 @@ def run(case: Case, directory: Path, link: Link | None = None) -> Figures:
         enter = stack.enter_context
         source = enter(Machine(case, directory, "source"))
         destination = enter(Machine(case, directory, "destination"))
-        source.wait_filled()
+        source.memory.wait_filled()
+        if case.zeroed:
+            source.memory.fill_zeroes()
         for side in (source, destination):
             _prepare(case, side)
         uri = _listen(destination)
