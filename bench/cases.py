@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 KIB: Final = 1 << 10
 MIB: Final = 1 << 20
@@ -41,12 +41,23 @@ class Case:
     """Limit of pages that nobody asked for; 0: none."""
     link: str = "loopback"
     """loopback, delay (1 ms there and back) or slow (12.5 MB/s, deep buffers)."""
+    faulted_us: float = 20.0
+    """An access that took so long has waited for a page. Behind a link that is
+    nearly its round trip: what is shorter waited for a processor."""
     contenders: tuple[str, ...] = BOTH
 
 
 LIMITED: Final = 120_000_000
-SMALL: Final = {"memory": 128 * MIB, "used": 96 * MIB}  # 8 s on the slow link
-EMPTY: Final = {"used": 16 * MIB, "mode": "idle", "postcopy": False}
+DELAY: Final[dict[str, Any]] = {"link": "delay", "faulted_us": 900.0}
+SLOW: Final[dict[str, Any]] = {
+    **{"link": "slow", "faulted_us": 1800.0},
+    **{"memory": 128 * MIB, "used": 96 * MIB},  # 8 s on that link
+}
+FAULTS: Final[dict[str, Any]] = {
+    **{"memory": 256 * MIB, "used": 192 * MIB},
+    "bandwidth": 20_000_000,
+}
+EMPTY: Final[dict[str, Any]] = {"used": 16 * MIB, "mode": "idle", "postcopy": False}
 
 # A dozen GiB of QEMU's do not fit: its destination gives memory to pages of
 # zeroes, too, so both sides together would hold 24 GiB.
@@ -56,18 +67,18 @@ CASES: Final = (
     Case(name="throughput", mode="idle", contenders=ALL),
     Case(name="limited-preempt", bandwidth=LIMITED, contenders=ALL),
     Case(name="limited", bandwidth=LIMITED, preempt=False),
-    Case(name="delay-preempt", link="delay"),
-    Case(name="delay", link="delay", preempt=False),
-    Case(name="slow-preempt", link="slow", **SMALL),
-    Case(name="slow", link="slow", preempt=False, **SMALL),
+    Case(name="delay-preempt", **DELAY),
+    Case(name="delay", **DELAY, preempt=False),
+    Case(name="slow-preempt", **SLOW),
+    Case(name="slow", preempt=False, **SLOW),
     Case(name="precopy-idle", mode="idle", postcopy=False, contenders=ALL),
     Case(name="precopy-100MB", mode="writing", write_rate=100_000_000, postcopy=False),
     Case(name="huge-preempt", page_size=2 * MIB),
     Case(name="huge", page_size=2 * MIB, preempt=False),
     # Little of it comes unasked, so that nearly all is faulted in.
-    Case(name="faults-1", vcpus=1, memory=256 * MIB, used=192 * MIB, bandwidth=MIB),
-    Case(name="faults-4", vcpus=4, memory=256 * MIB, used=192 * MIB, bandwidth=MIB),
-    Case(name="faults-8", vcpus=8, memory=256 * MIB, used=192 * MIB, bandwidth=MIB),
+    Case(name="faults-1", vcpus=1, contenders=ALL, **FAULTS),
+    Case(name="faults-4", vcpus=4, contenders=ALL, **FAULTS),
+    Case(name="faults-8", vcpus=8, contenders=ALL, **FAULTS),
     Case(name="4GiB", memory=4 * GIB, used=3 * GIB),
     Case(name="12GiB", memory=12 * GIB, used=8 * GIB, contenders=OURS),
     Case(name="untouched-12GiB", memory=12 * GIB, contenders=OURS, **EMPTY),

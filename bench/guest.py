@@ -57,13 +57,16 @@ def tsc_khz() -> int:
         return fcntl.ioctl(vcpu, _KVM_GET_TSC_KHZ, 0)
 
 
-def latency(before: Report, after: Report) -> Latency | None:
+def latency(
+    before: Report, after: Report, at_least: float = FAULTED_US
+) -> Latency | None:
     """The accesses between two reports that faulted; None if there were none.
 
-    Percentiles lie within a bucket as if its accesses were spread evenly; a
-    bucket is at most 1/8 wide.
+    Those are the ones that took `at_least` so many microseconds. Percentiles lie
+    within a bucket as if its accesses were spread evenly; a bucket is at most
+    1/8 wide.
     """
-    buckets = _faulted(before, after)
+    buckets = _faulted(before, after, at_least)
     accesses = sum(count for _, _, count in buckets)
     if not accesses:
         return None
@@ -103,13 +106,15 @@ def _goes_on(memory: GuestMemory, before: Report) -> bool:
     )
 
 
-def _faulted(before: Report, after: Report) -> list[tuple[float, float, int]]:
+def _faulted(
+    before: Report, after: Report, at_least: float
+) -> list[tuple[float, float, int]]:
     """(from, to in microseconds, accesses) of each bucket that has any."""
     buckets = []
     counts = zip(before.histogram, after.histogram, strict=True)
     for bucket, (first, last) in enumerate(counts):
         low, high = (after.us(bucket_end(b)) for b in (bucket - 1, bucket))
-        if last > first and low >= FAULTED_US:
+        if last > first and low >= at_least:
             buckets.append((low, high, last - first))
     return buckets
 

@@ -89,7 +89,9 @@ def measure(
         moved_bytes=moved,
         total_seconds=completed - begun,
         moving_seconds=completed - moving,
-        latency=guest.latency(before, after) if case.postcopy else None,
+        latency=guest.latency(before, after, case.faulted_us)
+        if case.postcopy
+        else None,
         downtime_ms=(resumed - stopped) * 1000,
         processes={role: process(sides[role], used) for role, used in usage.items()},
         allocated_at_source=source.allocated(),

@@ -203,7 +203,9 @@ def _measure(case: Case, source: Machine, destination: Machine, uri: str) -> Fig
         moved_bytes=moved,
         total_seconds=completed - begun,
         moving_seconds=seconds,
-        latency=guest.latency(before, after) if case.postcopy else None,
+        latency=guest.latency(before, after, case.faulted_us)
+        if case.postcopy
+        else None,
         downtime_ms=(resumed - stopped) * 1000,
         processes={role: _process(sides[role], used) for role, used in usage.items()},
         allocated_at_source=source.memory.allocated(),
