@@ -7,22 +7,27 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from common.errors import HostError
+from common.errors import HostError, StreamError
 from common.native._native import ffi, lib
 from common.native.loop import Stop, check, run_loop
 from common.native.ram import Ram
+from common.native.stats import histogram
+from common.stream.constants import LAYOUT_CHUNK
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from common.channel import Channel
     from common.guest.base import Guest
     from common.native import CData
+    from common.stream.command import Layout
 
 NS_PER_MS: Final = 1_000_000
 # QEMU's postcopy-latency-dist: bucket N counts 2^N to 2^(N+1) microseconds.
 LATENCY_BUCKETS: Final = 24
 
+# In csrc/wait.h, in the order in which they happen.
+_PHASES: Final = ("request", "reply", "place", "wake")
 
 _WAYS: Final = {
     int(lib.PLACE_FILE): "file",
@@ -60,6 +65,7 @@ class Memory:
             raise
         self._stop = Stop()
         self._sweep_stop = Stop()
+        self._prepare_stop = Stop()
         self.way = way
         self._channel: CData = None
 
@@ -88,6 +94,31 @@ class Memory:
     def empty(self) -> None:
         """All RAM reads as zero afterwards."""
         check(lib.destination_empty(self._native))
+
+    def expect_untrusted(self, layout: Layout) -> None:
+        """What the source says of its RAM; StreamError if that cannot be."""
+        name = layout.block.encode()
+        block = lib.ram_find(self._ram.native, name, len(name))
+        if block == ffi.NULL:
+            raise StreamError("layout of a RAM block that is not here", got=name)
+        check(
+            lib.prepare_expect_untrusted(
+                self._native, block, layout.first, layout.kinds, len(layout.kinds)
+            )
+        )
+
+    async def prepare(self) -> None:
+        """Allocate what is expected, as huge pages where the kernel can."""
+        await run_loop(
+            lambda: lib.prepare_run(self._native, self._prepare_stop.fd),
+            self._prepare_stop,
+        )
+
+    @property
+    def prepared_bytes(self) -> int:
+        blocks = (self._ram.native.blocks[i] for i in range(self._ram.native.count))
+        chunks = sum(lib.bitmap_count(ffi.addressof(b, "prepared")) for b in blocks)
+        return int(chunks) * LAYOUT_CHUNK
 
     def probe(self) -> None:
         """HostError unless the guest's RAM can be registered for faults."""
@@ -160,8 +191,14 @@ class Memory:
             for low, high in itertools.pairwise(edges)
         ]
 
-    def latency_percentile_ns(self, permille: int) -> int:
-        return int(lib.histogram_percentile(self._histogram, permille))
+    def latency(self) -> Mapping[str, int]:
+        """Of every wait for a page, from its event to its end."""
+        return histogram(self._histogram)
+
+    def latency_phases(self) -> Mapping[str, Mapping[str, int]]:
+        """The parts of those that ended with the page that was asked for."""
+        waiting = self._native.waiting
+        return {name: histogram(ffi.addressof(waiting, name)) for name in _PHASES}
 
     @property
     def _histogram(self) -> CData:
@@ -177,6 +214,7 @@ class Memory:
         self._ram.close()
         self._stop.close()
         self._sweep_stop.close()
+        self._prepare_stop.close()
 
 
 def _mean(total: int, count: int) -> int:

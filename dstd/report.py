@@ -59,10 +59,7 @@ def _ours(memory: Memory) -> Mapping[str, Json]:
         "faults-on-pages-here": int(stats.faults_here),
         "faults-on-pages-asked-for": int(stats.faults_known),
         "requests": memory.requests,
-        "fault-latency": {
-            "p50": memory.latency_percentile_ns(500),
-            "p90": memory.latency_percentile_ns(900),
-            "p99": memory.latency_percentile_ns(990),
-            "max": memory.latency_percentile_ns(1000),
-        },
+        "prepared-bytes": memory.prepared_bytes,
+        "fault-latency": memory.latency(),
+        "fault-phases": memory.latency_phases(),
     }

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 # The answers that somebody waits for; a peer may send any others.
-MILESTONES: Final = frozenset({c.PING_SETUP, c.PING_LOADED})
+MILESTONES: Final = frozenset({c.PING_SETUP, c.PING_LOADED, c.PING_PREPARED})
 
 
 class Peer:

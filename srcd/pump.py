@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Final
 
+import trio
+
 from common.errors import ChannelLost, HostError
 from common.native._native import ffi, lib
 from common.native.loop import check, run_loop
 from common.native.ram import Ram
+from common.stream import command
 from common.stream import constants as c
 
 if TYPE_CHECKING:
@@ -54,6 +57,16 @@ class Pump:
         """Counters; they stay when the pump is closed."""
         return self._native.stats
 
+    @property
+    def window_bytes(self) -> int:
+        """How much of the background stream may be on its way in postcopy."""
+        return int(lib.flow_window(ffi.addressof(self._native, "flow")))
+
+    @property
+    def round_trip_ns(self) -> int:
+        """To the destination's loader and back, with nothing in between; or 0."""
+        return int(lib.flow_base_ns(ffi.addressof(self._native, "flow")))
+
     def connect(self, main: Channel, preempt: Channel | None) -> None:
         """Use these channels; without `preempt` urgent pages go on main."""
         urgent = preempt or main
@@ -78,6 +91,28 @@ class Pump:
         if not self._owing:
             return self.dirty_bytes()
         return int(lib.source_owed_pages(self._native)) * PAGE
+
+    async def layout(self) -> bytes:
+        """What RAM looks like, as LAYOUT commands; what is empty is clean then.
+
+        Only once writes are tracked, and only for who understands them.
+        """
+        return await trio.to_thread.run_sync(self._layout)
+
+    def _layout(self) -> bytes:
+        commands = []
+        for i in range(self._ram.native.count):
+            block = ffi.addressof(self._ram.native.blocks, i)
+            chunks = int(lib.block_chunks(block))
+            for first in range(0, chunks, c.MAX_LAYOUT):
+                count = min(chunks - first, c.MAX_LAYOUT)
+                kinds = ffi.new("uint8_t[]", count)
+                lib.layout_look(block, first, kinds, count)
+                lib.layout_skip_empty(block, first, kinds, count)
+                name = ffi.string(block.idstr).decode()
+                told = command.Layout(name, first, bytes(ffi.buffer(kinds)))
+                commands.append(command.encode(told))
+        return b"".join(commands)
 
     def owe_dirty(self) -> None:
         """The guest has stopped: what is dirty is owed from now on."""
@@ -146,6 +181,11 @@ class Tracking:
     @property
     def how(self) -> str:
         return _WAYS[int(self._native.way)]
+
+    @property
+    def able(self) -> bool:
+        """Whether writes are told from what was not written."""
+        return int(self._native.way) != int(lib.DIRTY_UNKNOWN)
 
     def start(self) -> None:
         """Everything is dirty, and from here on every write is seen."""

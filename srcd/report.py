@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from common.native._native import ffi, lib
+from common.native._native import ffi
+from common.native.stats import histogram
 from common.status import MigrationStatus as M
 from common.stream.constants import TARGET_PAGE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from common.native import CData
     from common.qmp.message import Json
     from srcd.outgoing import OutgoingMigration
 
@@ -97,7 +97,11 @@ def _ours(migration: OutgoingMigration) -> Mapping[str, Json]:
         "late-requests": int(stats.requests_late),
         "background-waits": int(stats.background_waits),
         "hole-pages": int(stats.hole_pages),
-        "serve-time": _percentiles(ffi.addressof(stats, "serve")),
+        "fault-phases": {
+            name: histogram(ffi.addressof(stats, name)) for name in ("queue", "send")
+        },
+        "window": migration.pump.window_bytes,
+        "round-trip": migration.pump.round_trip_ns,
         "time-before-postcopy": _ms(migration.times.begun, migration.times.handed_over),
         "downtime-parts": migration.times.downtime_parts_ms(),
         "converging": migration.convergence.hopeful,
@@ -110,16 +114,6 @@ def _ours(migration: OutgoingMigration) -> Mapping[str, Json]:
             " raise max-bandwidth or downtime-limit, or start postcopy"
         )
     return info
-
-
-def _percentiles(histogram: CData) -> Mapping[str, Json]:
-    """In nanoseconds."""
-    return {
-        "count": int(histogram.count),
-        "p50": int(lib.histogram_percentile(histogram, 500)),
-        "p99": int(lib.histogram_percentile(histogram, 990)),
-        "max": int(histogram.max_ns),
-    }
 
 
 def _ms(begin: float, end: float) -> int:

@@ -87,6 +87,19 @@ class RecvBitmap:
 
 
 @dataclass(frozen=True, slots=True)
+class Layout:
+    """What chunks of `block` hold, from number `first` on: one byte for each.
+
+    0: mixed; 1: nothing, and nothing will be sent; 2: data. Ours: only for a
+    destination that has said HELLO_ACK.
+    """
+
+    block: str
+    first: int
+    kinds: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class SwitchoverStart:
     """The guest has been stopped. QEMU before 10.0 does not know this command."""
 
@@ -103,6 +116,7 @@ Command = (
     | Resume
     | RecvBitmap
     | SwitchoverStart
+    | Layout
 )
 
 _Empty = OpenReturnPath | Listen | Run | Resume | SwitchoverStart
@@ -146,6 +160,8 @@ def _parts(command: Command) -> tuple[int, bytes]:
             return c.MIG_CMD_PACKAGED, fields.be32(size)
         case RecvBitmap(block):
             return c.MIG_CMD_RECV_BITMAP, fields.name(block)
+        case Layout():
+            return c.MIG_CMD_X_LAYOUT, _encode_layout(command)
         case _:
             return _EMPTY_IDS[type(command)], b""
 
@@ -158,6 +174,17 @@ def _encode_discard(command: RamDiscard) -> bytes:
         + fields.name(command.block)
         + b"\0"
         + b"".join(fields.be64(at) + fields.be64(size) for at, size in command.ranges)
+    )
+
+
+def _encode_layout(command: Layout) -> bytes:
+    if not 0 < len(command.kinds) <= c.MAX_LAYOUT:
+        raise ValueError(f"a layout of {len(command.kinds)} chunks")
+    return (
+        bytes([c.LAYOUT_VERSION])
+        + fields.name(command.block)
+        + fields.be64(command.first)
+        + command.kinds
     )
 
 
@@ -193,6 +220,7 @@ _LENGTHS: Final[dict[int, range | tuple[int, ...]]] = {
     c.MIG_CMD_POSTCOPY_RAM_DISCARD: range(3 + 1 + 16, 1 << 16),
     c.MIG_CMD_PACKAGED: (4,),
     c.MIG_CMD_RECV_BITMAP: range(2, 1 + c.MAX_NAME + 1),
+    c.MIG_CMD_X_LAYOUT: range(1 + 2 + 8 + 1, 1 + 1 + c.MAX_NAME + 8 + c.MAX_LAYOUT + 1),
 }
 
 
@@ -213,8 +241,22 @@ def _payload_untrusted(payload: fields.Reader, number: int, length: int) -> Comm
             return Packaged(fields.bounded("package", size, c.MAX_PACKAGE))
         case c.MIG_CMD_RECV_BITMAP:
             return RecvBitmap(fields.name_untrusted(payload))
+        case c.MIG_CMD_X_LAYOUT:
+            return _layout_untrusted(payload, length)
         case _:
             return _EMPTY[number]()
+
+
+def _layout_untrusted(payload: fields.Reader, length: int) -> Layout:
+    version = fields.u8_untrusted(payload)
+    fields.expect("layout version", c.LAYOUT_VERSION, version)
+    block = fields.name_untrusted(payload)
+    first = fields.be64_untrusted(payload)
+    fields.bounded("first chunk of a layout", first, c.MAX_RAM_BYTES // c.LAYOUT_CHUNK)
+    left = fields.bounded("chunks in a layout", length - payload.offset, c.MAX_LAYOUT)
+    if left <= 0:
+        raise StreamError("a layout without chunks", got=length)
+    return Layout(block, first, fields.take_untrusted(payload, left))
 
 
 def _discard_untrusted(payload: fields.Reader, length: int) -> RamDiscard:

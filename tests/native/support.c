@@ -488,11 +488,28 @@ static const char *walk_record(struct walker *w, uint64_t word)
     return wrong ? wrong : walk_page(w, word & ~(PAGE - 1), zero);
 }
 
+/* Behind the type of a command; the peer of `asker` would answer by a PONG. */
+static const char *walk_mark(struct walker *w)
+{
+    uint8_t bytes[8];
+
+    if (!receive(w->fd, bytes, 8) || be(bytes, 4) != 0x00020004) {
+        return "unexpected command";
+    }
+    __atomic_fetch_add(&w->marks, 1, __ATOMIC_SEQ_CST);
+    return pump_take_answer_untrusted(w->asker, (uint32_t)be(bytes + 4, 4)) ?
+               NULL :
+               "a PING that is no mark";
+}
+
 static const char *walk_section(struct walker *w, uint8_t type)
 {
     uint8_t bytes[8];
     const char *wrong = NULL;
 
+    if (type == 0x08 && w->asker && !w->ends) {
+        return walk_mark(w);
+    }
     if ((type != 0x02 && type != 0x03) || w->ends) {
         return "unexpected section";
     }

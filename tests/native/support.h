@@ -8,6 +8,7 @@
 #define TESTS_NATIVE_SUPPORT_H
 
 #include "channel.h"
+#include "pump.h"
 #include "ram.h"
 
 #include <stdio.h>
@@ -147,6 +148,8 @@ struct walker {
     uint64_t next_offset; /* of the huge page under way */
     uint64_t ends;        /* END sections; nothing may follow one */
     uint64_t records;     /* atomic */
+    uint64_t marks;       /* PINGs of the flow control; atomic */
+    struct source *asker; /* whose they are, and are answered; NULL: wrong */
 };
 
 void walker_open(struct walker *w, int fd, const struct ram *ram,

@@ -101,7 +101,7 @@ static void serve(bool preempt)
     CHECK_EQ(f.source.stats.urgent_pages, 4 + 512);
     CHECK_EQ(f.source.stats.urgent_on_preempt, preempt ? 4 + 512 : 0);
     CHECK_EQ(f.source.stats.normal_pages, 1);
-    CHECK_EQ(f.source.stats.serve.count, 5);
+    CHECK_EQ(f.source.stats.send.count, 5);
     CHECK_EQ(source_owed_pages(&f.source), 12 + 512);
     CHECK_EQ(is_readable(f.preempt.peer), preempt);
     CHECK_EQ(is_readable(f.main.peer), !preempt);

@@ -43,11 +43,11 @@ static void test_one_vcpu(void)
     CHECK_EQ(w.count, 1);
     CHECK_EQ(w.vcpus[0].blocked, 1);
     pass(10000);
-    waiting_end(&w, &block, 6, 1);
-    waiting_end(&w, &block, 8, 100);
-    waiting_end(&w, &other, 7, 1);
+    waiting_end(&w, &block, 6, 1, NULL);
+    waiting_end(&w, &block, 8, 100, NULL);
+    waiting_end(&w, &other, 7, 1, NULL);
     CHECK_EQ(w.count, 1);
-    waiting_end(&w, &block, 0, 8);
+    waiting_end(&w, &block, 0, 8, NULL);
     CHECK_EQ(w.count, 0);
     CHECK_EQ(w.vcpus[0].blocked, 0);
     CHECK_EQ(w.vcpus[0].faults, 1);
@@ -70,10 +70,10 @@ static void test_overlap(void)
     CHECK_EQ(w.vcpus_blocked, 2);
     waiting_begin(&w, 1002, &block, 2);
     pass(5000);
-    waiting_end(&w, &block, 1, 1);
+    waiting_end(&w, &block, 1, 1, NULL);
     CHECK(about(w.all_blocked_ns, 5000));
     pass(40000);
-    waiting_end(&w, &block, 0, 3);
+    waiting_end(&w, &block, 0, 3, NULL);
     CHECK(about(w.all_blocked_ns, 5000));
     CHECK(about(w.vcpus[0].blocked_ns, 165000));
     CHECK(about(w.vcpus[1].blocked_ns, 25000));
@@ -84,7 +84,7 @@ static void test_overlap(void)
         waiting_begin(&w, 1000 + i, &block, 9);
     }
     pass(3000);
-    waiting_end(&w, &block, 9, 1);
+    waiting_end(&w, &block, 9, 1, NULL);
     CHECK(about(w.all_blocked_ns, 8000));
     CHECK(about(w.vcpus[2].blocked_ns, 48000));
     CHECK_EQ(w.vcpus[2].faults, 2);
@@ -98,7 +98,7 @@ static void test_other_threads(void)
     waiting_begin(&w, 5, &block, 0);
     waiting_begin(&w, 6, &block, 0);
     pass(10000);
-    waiting_end(&w, &block, 0, 1);
+    waiting_end(&w, &block, 0, 1, NULL);
     CHECK_EQ(w.other_faults, 2);
     CHECK(about(w.other_ns, 20000));
     CHECK_EQ(w.all_blocked_ns, 0);
@@ -111,7 +111,7 @@ static void test_no_vcpus(void)
     open_waiting(0);
     waiting_begin(&w, 1000, &block, 0);
     pass(10000);
-    waiting_end(&w, &block, 0, 1);
+    waiting_end(&w, &block, 0, 1, NULL);
     CHECK_EQ(w.all_blocked_ns, 0);
     CHECK_EQ(w.other_faults, 1);
     waiting_close(&w);
@@ -125,7 +125,7 @@ static void test_repeated_event(void)
     pass(10000);
     waiting_begin(&w, 1000, &block, 3);
     CHECK_EQ(w.count, 1);
-    waiting_end(&w, &block, 3, 1);
+    waiting_end(&w, &block, 3, 1, NULL);
     CHECK_EQ(w.vcpus[0].faults, 1);
     CHECK(about(w.vcpus[0].blocked_ns, 10000));
     waiting_close(&w);
@@ -141,12 +141,12 @@ static void test_next_fault_before_the_end_of_the_last(void)
     waiting_begin(&w, 1000, &block, 3);
     pass(10000);
     waiting_begin(&w, 1000, &block, 4);
-    waiting_end(&w, &block, 3, 1);
+    waiting_end(&w, &block, 3, 1, NULL);
     CHECK_EQ(w.count, 1);
     CHECK_EQ(w.vcpus[0].blocked, 1);
     CHECK_EQ(w.vcpus[0].faults, 1);
     pass(30000);
-    waiting_end(&w, &block, 4, 1);
+    waiting_end(&w, &block, 4, 1, NULL);
     CHECK_EQ(w.vcpus[0].faults, 2);
     CHECK_EQ(w.vcpus_blocked, 0);
     CHECK(about(w.vcpus[0].blocked_ns, 40000));
@@ -163,7 +163,7 @@ static void test_bounds(void)
         waiting_begin(&w, 1000 + i, &block, i);
     }
     CHECK_EQ(w.count, WAITERS_MAX);
-    waiting_end(&w, &block, 0, WAITERS_MAX + 10);
+    waiting_end(&w, &block, 0, WAITERS_MAX + 10, NULL);
     CHECK_EQ(w.count, 0);
     CHECK_EQ(w.vcpus_blocked, 0);
     CHECK_EQ(w.other_faults, WAITERS_MAX - VCPUS_MAX);
@@ -176,7 +176,7 @@ static struct result begin_and_end(void *arg)
 
     for (uint64_t page = 0; page < 2000; page++) {
         waiting_begin(&w, thread, &block, page);
-        waiting_end(&w, &block, page, 1);
+        waiting_end(&w, &block, page, 1, NULL);
     }
     return result_ok();
 }

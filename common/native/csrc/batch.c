@@ -6,10 +6,11 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-/* A page's head and its data, the section's head and tail. */
-#define BATCH_IOVS (2 * BATCH_PAGES + 2)
-#define BATCH_HEADS \
-    (BATCH_PAGES * WIRE_HEADER_MAX + WIRE_PART_HEAD + WIRE_PART_TAIL)
+/* A page's head and its data, the section's head and tail, a mark. */
+#define BATCH_IOVS (2 * BATCH_PAGES + 3)
+#define BATCH_HEADS                                                     \
+    (BATCH_PAGES * WIRE_HEADER_MAX + WIRE_PART_HEAD + WIRE_PART_TAIL + \
+     WIRE_PING_LENGTH)
 
 struct result batch_open(struct batch *b)
 {
@@ -78,6 +79,12 @@ void batch_begin_part(struct batch *b, uint32_t section_id)
 void batch_end_part(struct batch *b, uint32_t section_id)
 {
     b->head_used += wire_put_part_tail(b->heads + b->head_used, section_id);
+    batch_end(b);
+}
+
+void batch_add_mark(struct batch *b, uint32_t number)
+{
+    b->head_used += wire_put_mark(b->heads + b->head_used, number);
     batch_end(b);
 }
 

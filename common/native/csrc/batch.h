@@ -53,6 +53,8 @@ bool batch_add_page(struct batch *batch, struct extent *e,
 /* Ready to be written: after bare records, or after a section. */
 void batch_end(struct batch *b);
 void batch_end_part(struct batch *b, uint32_t section_id);
+/* Behind a section, or alone: a mark of flow.h. */
+void batch_add_mark(struct batch *b, uint32_t number);
 
 /* Bytes on the wire. */
 uint64_t batch_bytes(const struct batch *b);

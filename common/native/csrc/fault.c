@@ -31,12 +31,13 @@ static struct result handle_fault(struct destination *d,
          * remembered in the bitmap.
          */
         (void)rpath_request(&d->rpath, b, host << b->host_bits);
+        waiting_asked(&d->waiting, fault->thread);
     }
     /* It may have arrived since we looked: see place.h. */
     if (place_is_here(b, host)) {
         struct result r = place_resolve(d, b, host);
 
-        waiting_end(&d->waiting, b, host, 1);
+        waiting_end(&d->waiting, b, host, 1, NULL);
         return r;
     }
     return result_ok();

@@ -101,7 +101,7 @@ static struct result run_add(struct loader *l, struct ram_block *b,
     struct result r = result_ok();
 
     if (run->count == RUN_PAGES || run->block != b ||
-        run->page + run->count != page) {
+        run->page + run->count != page || page % CHUNK_PAGES == 0) {
         r = run_flush(l);
         run->block = b;
         run->page = page;
@@ -389,17 +389,6 @@ static struct result load_discard_untrusted(struct loader *l, size_t length)
     return result_ok();
 }
 
-/* Is a discard next? Other commands are left as they are. */
-static struct result peek_discard(struct loader *l, bool *discard)
-{
-    struct result r = channel_fill(l->channel, COMMAND_HEAD);
-    const uint8_t *in = l->channel->buffer + l->channel->start;
-
-    *discard = RESULT_IS_OK(r) && in[0] == SECTION_COMMAND &&
-               wire_get_be16(in + 1) == COMMAND_RAM_DISCARD;
-    return r;
-}
-
 static struct result load_discard(struct loader *l)
 {
     size_t length = wire_get_be16(l->channel->buffer + l->channel->start + 3);
@@ -416,10 +405,45 @@ static struct result load_discard(struct loader *l)
 
 /* --- the channels --------------------------------------------------------- */
 
+/*
+ * The commands that come in numbers are taken here: discards and the marks of
+ * the source's flow control. `*taken` false: it is Python's, and still unread.
+ */
+static struct result load_command(struct loader *l, bool *taken)
+{
+    struct channel *c = l->channel;
+    struct result r = channel_fill(c, COMMAND_HEAD);
+    const uint8_t *in;
+    uint32_t ping;
+
+    *taken = false;
+    if (!RESULT_IS_OK(r)) {
+        return r;
+    }
+    switch (wire_get_be16(c->buffer + c->start + 1)) {
+    case COMMAND_RAM_DISCARD:
+        *taken = true;
+        return load_discard(l);
+    case COMMAND_PING:
+        r = channel_fill(c, WIRE_PING_LENGTH);
+        in = c->buffer + c->start;
+        ping = wire_get_be32(in + COMMAND_HEAD);
+        *taken = RESULT_IS_OK(r) && in_postcopy(l) && wire_is_mark(ping) &&
+                 wire_get_be16(in + 3) == WIRE_PING_LENGTH - COMMAND_HEAD;
+        if (*taken) {
+            channel_consume(c, WIRE_PING_LENGTH);
+            return rpath_pong(&l->d->rpath, ping);
+        }
+        return r;
+    default:
+        return r;
+    }
+}
+
 struct result load_main(struct loader *l)
 {
     for (;;) {
-        bool discard = false;
+        bool taken = false;
         struct result r = channel_fill(l->channel, 1);
 
         if (!RESULT_IS_OK(r)) {
@@ -427,11 +451,10 @@ struct result load_main(struct loader *l)
         }
         l->next = l->channel->buffer[l->channel->start];
         if (l->next == SECTION_COMMAND) {
-            r = peek_discard(l, &discard);
-            if (!RESULT_IS_OK(r) || !discard) {
+            r = load_command(l, &taken);
+            if (!RESULT_IS_OK(r) || !taken) {
                 return r;
             }
-            r = load_discard(l);
         } else if (l->next == SECTION_PART || l->next == SECTION_END) {
             l->ended = l->next == SECTION_END;
             r = load_section(l);

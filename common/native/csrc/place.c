@@ -1,5 +1,7 @@
 #include "place.h"
 
+#include "limit.h"
+#include "prepare.h"
 #include "uffd.h"
 
 #include <errno.h>
@@ -50,7 +52,7 @@ static struct result write_zeroes(struct destination *d, struct ram_block *b,
 {
     struct iovec iov = { .iov_base = d->zeroes, .iov_len = (size_t)length };
 
-    if (b->map) {
+    if (prepared_at(b, offset >> b->host_bits)) {
         memset(b->map + offset, 0, (size_t)length);
         return result_ok();
     }
@@ -66,20 +68,27 @@ static void copy_to_map(struct ram_block *b, uint64_t offset,
     }
 }
 
+/* `iov` is a run of pages: it does not leave its chunk. */
+static struct result fill_pages(struct ram_block *b, uint64_t page,
+                                struct iovec *iov, uint32_t count)
+{
+    uint64_t offset = page << TARGET_PAGE_BITS;
+
+    if (!prepared_at(b, page >> block_pages_bits(b))) {
+        return write_file(b, offset, iov, count);
+    }
+    copy_to_map(b, offset, iov, count);
+    return result_ok();
+}
+
 struct result place_early(struct destination *d, struct ram_block *b,
                           uint64_t page, struct iovec *iov, uint32_t count)
 {
-    uint64_t offset = page << TARGET_PAGE_BITS;
     uint64_t host = page >> block_pages_bits(b);
     uint64_t last = (page + count - 1) >> block_pages_bits(b);
-    struct result r = result_ok();
+    struct result r = fill_pages(b, page, iov, count);
 
     (void)d;
-    if (b->map) {
-        copy_to_map(b, offset, iov, count);
-    } else {
-        r = write_file(b, offset, iov, count);
-    }
     if (!RESULT_IS_OK(r)) {
         return r;
     }
@@ -122,11 +131,29 @@ static void mark_received(struct ram_block *b, uint64_t host, uint64_t count)
                      count << block_pages_bits(b));
 }
 
+/* When a page came, if anybody waits; else nobody wants to know. */
+static struct arrival arrive(const struct destination *d)
+{
+    struct arrival at = { 0 };
+
+    if (waiting_any(&d->waiting)) {
+        at.came_ns = clock_ns();
+    }
+    return at;
+}
+
+static void arrival_filled(struct arrival *at)
+{
+    if (at->came_ns) {
+        at->filled_ns = clock_ns();
+    }
+}
+
 /* The guest can use these: nobody waits for them any more. */
 static void account(struct destination *d, struct ram_block *b, uint64_t host,
-                    uint64_t count)
+                    uint64_t count, const struct arrival *at)
 {
-    waiting_end(&d->waiting, b, host, count);
+    waiting_end(&d->waiting, b, host, count, at);
     if (__atomic_sub_fetch(&d->missing, count, __ATOMIC_SEQ_CST) == 0) {
         destination_note_complete(d);
     }
@@ -180,13 +207,14 @@ static struct result copy_pages(struct destination *d, struct ram_block *b,
 
 static struct result write_pages(struct destination *d, struct ram_block *b,
                                  uint64_t host, struct iovec *iov,
-                                 uint32_t count)
+                                 uint32_t count, struct arrival *at)
 {
-    struct result r = write_file(b, host << b->host_bits, iov, count);
+    struct result r = fill_pages(b, host, iov, count);
 
     if (!RESULT_IS_OK(r)) {
         return r;
     }
+    arrival_filled(at);
     bitmap_set_range(&b->populated, host, count);
     mark_received(b, host, count);
     return d->way == PLACE_CONTINUE ? map_range(d, b, host, count) : r;
@@ -195,12 +223,13 @@ static struct result write_pages(struct destination *d, struct ram_block *b,
 struct result place_pages(struct destination *d, struct ram_block *b,
                           uint64_t host, struct iovec *iov, uint32_t count)
 {
+    struct arrival at = arrive(d);
     struct result r = d->way == PLACE_COPY ?
                           copy_pages(d, b, host, iov, count) :
-                          write_pages(d, b, host, iov, count);
+                          write_pages(d, b, host, iov, count, &at);
 
     if (RESULT_IS_OK(r)) {
-        account(d, b, host, count);
+        account(d, b, host, count, &at);
     }
     return r;
 }
@@ -231,6 +260,7 @@ struct result place_zero(struct destination *d, struct ram_block *b,
                          uint64_t host)
 {
     bool stale = bitmap_test(&b->populated, host);
+    struct arrival at = arrive(d);
     struct result r = result_ok();
 
     if (stale && d->way != PLACE_COPY) {
@@ -239,12 +269,13 @@ struct result place_zero(struct destination *d, struct ram_block *b,
     if (!RESULT_IS_OK(r)) {
         return r;
     }
+    arrival_filled(&at);
     mark_received(b, host, 1);
     if (d->way != PLACE_FILE && bitmap_test(&b->requested, host)) {
         r = place_resolve(d, b, host);
     }
     if (RESULT_IS_OK(r)) {
-        account(d, b, host, 1);
+        account(d, b, host, 1, &at);
     }
     return r;
 }
@@ -260,6 +291,7 @@ struct result place_huge(struct destination *d, struct ram_block *b,
 {
     struct iovec iov = { .iov_base = (void *)(uintptr_t)data,
                          .iov_len = (size_t)b->page_size };
+    struct arrival at = arrive(d);
     struct result r = result_ok();
 
     if (d->way == PLACE_COPY) {
@@ -267,12 +299,13 @@ struct result place_huge(struct destination *d, struct ram_block *b,
     } else {
         bitmap_test_and_set(&b->populated, host);
         mark_received(b, host, 1);
+        arrival_filled(&at);
         if (d->way == PLACE_CONTINUE) {
             r = map_range(d, b, host, 1);
         }
     }
     if (RESULT_IS_OK(r)) {
-        account(d, b, host, 1);
+        account(d, b, host, 1, &at);
     }
     return r;
 }

@@ -16,7 +16,7 @@
 
 #include <sys/uio.h>
 
-/* Target pages with their data, before `listening`; any number, contiguous. */
+/* Target pages with their data, before `listening`: contiguous, one chunk. */
 struct result place_early(struct destination *d, struct ram_block *b,
                           uint64_t page, struct iovec *iov, uint32_t count);
 struct result place_early_zero(struct destination *d, struct ram_block *b,
@@ -24,7 +24,7 @@ struct result place_early_zero(struct destination *d, struct ram_block *b,
 
 /* True if this host page is the caller's to fill. */
 bool place_claim(struct destination *d, struct ram_block *b, uint64_t host);
-/* Claimed ordinary pages with their data: contiguous, one iovec a page. */
+/* Claimed ordinary pages with their data: contiguous, one chunk. */
 struct result place_pages(struct destination *d, struct ram_block *b,
                           uint64_t host, struct iovec *iov, uint32_t count);
 /* A claimed host page of zeroes. */

@@ -22,6 +22,7 @@ struct result source_open(struct source *s, struct ram *ram,
     struct result r;
 
     *s = (struct source){ .ram = ram, .section_id = section_id };
+    flow_open(&s->flow);
     s->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (s->wake_fd < 0) {
         return result_errno(RESULT_HOST, "eventfd", errno);
@@ -37,6 +38,7 @@ void source_close(struct source *s)
 {
     batch_close(&s->batch);
     batch_close(&s->urgent_batch);
+    flow_close(&s->flow);
     if (s->wake_fd >= 0) {
         close(s->wake_fd);
     }
@@ -49,6 +51,7 @@ void source_connect(struct source *s, struct channel *main_channel,
     s->main = main_channel;
     s->urgent = urgent;
     s->asked = NULL;
+    flow_restart(&s->flow);
     s->cursor_block = 0;
     s->cursor_page = 0;
     __atomic_store_n(&s->ended, 0, __ATOMIC_SEQ_CST);
@@ -126,12 +129,17 @@ static struct result wait_for_limit(struct source *s)
     }
 }
 
-static struct result write_part(struct source *s, struct batch *b)
+/* `marked`: the peer's answers bound how much is sent ahead. */
+static struct result write_part(struct source *s, struct batch *b, bool marked)
 {
     struct result r;
+    uint32_t mark;
 
     batch_end_part(b, s->section_id);
     limit_take(&s->limit, batch_bytes(b));
+    if (marked && flow_send(&s->flow, batch_bytes(b), clock_ns(), &mark)) {
+        batch_add_mark(b, mark);
+    }
     if (channel_lock(s->main)) {
         STATS_ADD(s->stats.background_waits, 1);
     }
@@ -191,7 +199,7 @@ struct result pump_precopy(struct source *s)
             return r;
         }
         if (RESULT_IS_OK(r)) {
-            r = write_part(s, &s->batch);
+            r = write_part(s, &s->batch, false);
         }
         if (!RESULT_IS_OK(r)) {
             return r;
@@ -383,21 +391,111 @@ static bool fill_postcopy(struct source *s, struct batch *batch, uint32_t most)
     return batch->pages > 0;
 }
 
+static struct result send_probe(struct source *s)
+{
+    struct result r;
+
+    batch_reset(&s->batch);
+    batch_add_mark(&s->batch, flow_probe(&s->flow, clock_ns()));
+    channel_lock(s->main);
+    r = channel_writev_locked(s->main, s->batch.iov, s->batch.iov_count);
+    channel_unlock(s->main);
+    return r;
+}
+
+static struct result wait_for_answer(struct source *s)
+{
+    struct pollfd fds[] = {
+        { .fd = s->main->stop_fd, .events = POLLIN },
+        { .fd = s->wake_fd, .events = POLLIN },
+        { .fd = s->main->fd, .events = POLLRDHUP },
+    };
+    uint64_t drained;
+
+    __atomic_store_n(&s->flow_waits, 1, __ATOMIC_SEQ_CST);
+    /* It may have come since we looked; then nobody wakes us. */
+    if (flow_turn(&s->flow, clock_ns()) != FLOW_WAIT) {
+        return result_ok();
+    }
+    if (poll(fds, 3, -1) < 0 && errno != EINTR) {
+        return result_errno(RESULT_HOST, "poll", errno);
+    }
+    if (fds[0].revents) {
+        return result_of(RESULT_STOPPED, "stopped");
+    }
+    if (fds[2].revents) {
+        return result_of(RESULT_CHANNEL, "the peer closed the channel");
+    }
+    (void)!read(s->wake_fd, &drained, sizeof(drained));
+    return result_ok();
+}
+
+/* Until the peer has taken so much that more may be sent ahead. */
+static struct result wait_for_flow(struct source *s)
+{
+    for (;;) {
+        struct result r = result_ok();
+
+        switch (flow_turn(&s->flow, clock_ns())) {
+        case FLOW_SEND:
+            return r;
+        case FLOW_PROBE:
+            r = send_probe(s);
+            break;
+        case FLOW_WAIT:
+            r = wait_for_answer(s);
+            break;
+        }
+        if (!RESULT_IS_OK(r)) {
+            return r;
+        }
+    }
+}
+
+bool pump_take_answer_untrusted(struct source *s, uint32_t value)
+{
+    if (!wire_is_mark(value)) {
+        return false;
+    }
+    if (flow_answer_untrusted(&s->flow, value & WIRE_MARK_BITS, clock_ns()) &&
+        __atomic_exchange_n(&s->flow_waits, 0, __ATOMIC_SEQ_CST)) {
+        wake(s);
+    }
+    return true;
+}
+
+static struct result wait_for_turn(struct source *s)
+{
+    struct result r = wait_for_limit(s);
+
+    if (RESULT_IS_OK(r)) {
+        r = wait_for_flow(s);
+    }
+    return RESULT_IS_OK(r) ? channel_wait_room(s->main) : r;
+}
+
+static uint32_t postcopy_pages(struct source *s)
+{
+    uint64_t pages = flow_piece(&s->flow) >> TARGET_PAGE_BITS;
+
+    if (pages > POSTCOPY_BATCH_PAGES) {
+        pages = POSTCOPY_BATCH_PAGES;
+    }
+    return batch_size(s, pages ? (uint32_t)pages : 1);
+}
+
 struct result pump_postcopy(struct source *s)
 {
     channel_limit_unsent(s->main, POSTCOPY_UNSENT_MAX);
     for (;;) {
-        struct result r = wait_for_limit(s);
+        struct result r = wait_for_turn(s);
 
-        if (RESULT_IS_OK(r)) {
-            r = channel_wait_room(s->main);
-        }
         if (RESULT_IS_OK(r) &&
-            !fill_postcopy(s, &s->batch, batch_size(s, POSTCOPY_BATCH_PAGES))) {
+            !fill_postcopy(s, &s->batch, postcopy_pages(s))) {
             break;
         }
         if (RESULT_IS_OK(r)) {
-            r = write_part(s, &s->batch);
+            r = write_part(s, &s->batch, true);
         }
         if (!RESULT_IS_OK(r)) {
             return r;
@@ -433,13 +531,15 @@ static struct result write_urgent_locked(struct source *s, struct ram_block *b,
 }
 
 struct result pump_urgent(struct source *s, struct ram_block *block,
-                          uint64_t offset)
+                          uint64_t offset, uint64_t asked_ns)
 {
     uint64_t host = offset >> block->host_bits;
     struct result r = result_ok();
+    uint64_t begun_ns;
     bool owed;
 
     channel_lock(s->urgent);
+    begun_ns = clock_ns();
     owed = claim(block, host);
     if (owed) {
         r = write_urgent_locked(s, block, host);
@@ -449,6 +549,8 @@ struct result pump_urgent(struct source *s, struct ram_block *block,
         STATS_ADD(s->stats.requests_late, 1);
         return r;
     }
+    histogram_add(&s->stats.queue, begun_ns - asked_ns);
+    histogram_add(&s->stats.send, clock_ns() - begun_ns);
     leave_hint(s, block, host);
     count_batch(s, &s->urgent_batch);
     STATS_ADD(s->stats.urgent_pages, s->urgent_batch.pages);

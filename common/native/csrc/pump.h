@@ -18,6 +18,7 @@
 
 #include "batch.h"
 #include "channel.h"
+#include "flow.h"
 #include "limit.h"
 #include "stats.h"
 #include "wire.h"
@@ -32,7 +33,8 @@ struct source_stats {
     uint64_t requests_late;     /* of these, for pages already sent */
     uint64_t background_waits;  /* the pump waited for a channel's lock */
     uint64_t hole_pages;        /* of zero_pages, found without reading them */
-    struct histogram serve;     /* request read .. page handed to the kernel */
+    struct histogram queue;     /* request read .. its page's turn to be sent */
+    struct histogram send;      /* .. handed to the kernel */
 };
 
 struct source {
@@ -41,7 +43,9 @@ struct source {
     struct channel *urgent; /* the preempt channel, or main without one */
     uint32_t section_id;
     struct limit limit; /* of background pages */
-    int wake_fd;        /* eventfd: look at limit and yield again */
+    struct flow flow;    /* of the same, in postcopy */
+    int wake_fd;         /* eventfd: look at limit, flow and yield again */
+    uint32_t flow_waits; /* atomic: an answer has to be told to the pump */
     uint32_t yield;     /* atomic: leave the pass as soon as possible */
     uint32_t ended;     /* atomic: EOF was written, closing is no error */
     uint64_t hint;      /* atomic: 1 + where a request was, see pump.c */
@@ -51,9 +55,10 @@ struct source {
     struct batch batch;
     struct extent extent;
 
-    struct batch urgent_batch; /* request server only, as the next two */
+    struct batch urgent_batch; /* request server only, as the next three */
     struct extent urgent_extent;
     struct ram_block *asked;
+    uint64_t read_ns; /* when requests were read last */
 
     struct source_stats stats;
 };
@@ -92,11 +97,14 @@ struct result pump_discards(struct source *s);
 /* Send all that is owed; RESULT_OK when nothing is left and in flight. */
 struct result pump_postcopy(struct source *s);
 
+/* For the return path's reader: a PONG that may answer one of our marks. */
+bool pump_take_answer_untrusted(struct source *s, uint32_t value);
+
 /*
  * Send the host page at `offset` as urgent, unless it was sent already. For
- * the request server.
+ * the request server; the request was read at `asked_ns`.
  */
 struct result pump_urgent(struct source *s, struct ram_block *block,
-                          uint64_t offset);
+                          uint64_t offset, uint64_t asked_ns);
 
 #endif

@@ -35,6 +35,8 @@ void ram_close(struct ram *ram)
         bitmap_close(&b->claimed);
         bitmap_close(&b->populated);
         bitmap_close(&b->mapped);
+        bitmap_close(&b->expected);
+        bitmap_close(&b->prepared);
     }
     free(ram->blocks);
     *ram = (struct ram){ 0 };
@@ -91,19 +93,39 @@ struct result ram_add(struct ram *ram, const char *idstr, uint64_t length,
     b->fd = fd;
     b->dirty.fd = b->owed.fd = b->received.fd = -1;
     b->requested.fd = b->claimed.fd = b->populated.fd = b->mapped.fd = -1;
+    b->expected.fd = b->prepared.fd = -1;
     ram->total += length;
     return result_ok();
 }
 
+/* Aligned, so that huge pages of the file can be huge in the mapping. */
 static struct result map_block(struct ram_block *b, int protection)
 {
-    void *map = mmap(NULL, (size_t)b->length, protection, MAP_SHARED, b->fd, 0);
+    size_t length = (size_t)b->length;
+    uint8_t *room = mmap(NULL, length + CHUNK_SIZE, PROT_NONE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    uint8_t *map;
+    size_t before;
 
-    if (map == MAP_FAILED) {
-        return result_errno(RESULT_HOST, "mmap of a RAM block", errno);
+    if (room == MAP_FAILED) {
+        return result_errno(RESULT_HOST, "address space for a RAM block",
+                            errno);
     }
+    before = -(uintptr_t)room & (CHUNK_SIZE - 1);
+    map = mmap(room + before, length, protection, MAP_SHARED | MAP_FIXED, b->fd,
+               0);
+    if (map == MAP_FAILED) {
+        int err = errno;
+
+        munmap(room, length + CHUNK_SIZE);
+        return result_errno(RESULT_HOST, "mmap of a RAM block", err);
+    }
+    if (before) {
+        munmap(room, before);
+    }
+    munmap(map + length, CHUNK_SIZE - before);
     b->map = map;
-    b->map_length = (size_t)b->length;
+    b->map_length = length;
     return result_ok();
 }
 
@@ -130,10 +152,7 @@ struct result ram_prepare_destination(struct ram *ram)
 {
     for (uint32_t i = 0; i < ram->count; i++) {
         struct ram_block *b = &ram->blocks[i];
-        /* write() does not work on hugetlbfs: those are filled by mapping. */
-        struct result r = block_is_huge(b) ?
-                              map_block(b, PROT_READ | PROT_WRITE) :
-                              result_ok();
+        struct result r = map_block(b, PROT_READ | PROT_WRITE);
 
         if (RESULT_IS_OK(r)) {
             r = bitmap_open(&b->received, block_pages(b));
@@ -149,6 +168,12 @@ struct result ram_prepare_destination(struct ram *ram)
         }
         if (RESULT_IS_OK(r)) {
             r = bitmap_open(&b->mapped, block_hosts(b));
+        }
+        if (RESULT_IS_OK(r)) {
+            r = bitmap_open(&b->expected, block_chunks(b));
+        }
+        if (RESULT_IS_OK(r)) {
+            r = bitmap_open(&b->prepared, block_chunks(b));
         }
         if (!RESULT_IS_OK(r)) {
             return r;

@@ -18,6 +18,11 @@
 #define TARGET_PAGE_BITS 12
 #define TARGET_PAGE_SIZE ((uint64_t)1 << TARGET_PAGE_BITS)
 #define HOST_PAGE_MAX ((uint64_t)2 << 20)
+/* What a layout tells about in one go, and what is allocated in one. */
+#define CHUNK_BITS 21
+#define CHUNK_SIZE ((uint64_t)1 << CHUNK_BITS)
+#define CHUNK_PAGES_BITS (CHUNK_BITS - TARGET_PAGE_BITS)
+#define CHUNK_PAGES ((uint64_t)1 << CHUNK_PAGES_BITS)
 #define IDSTR_MAX 255
 #define RAM_BLOCKS_MAX 4096
 
@@ -30,7 +35,8 @@ struct ram_block {
     uint64_t base;      /* in the guest's process; 0 if nobody runs on it */
     int fd;
     uint8_t *map; /* our mapping: the source reads through it, the
-                     destination writes huge pages through it */
+                     destination writes through it where that allocates
+                     nothing: huge pages and prepared chunks */
     size_t map_length;
 
     /* Source. */
@@ -43,6 +49,8 @@ struct ram_block {
     struct bitmap claimed;   /* host pages some load loop is filling or has */
     struct bitmap populated; /* host pages that hold memory in the file */
     struct bitmap mapped;    /* host pages that the guest sees for certain */
+    struct bitmap expected;  /* chunks that will be sent whole; prepare.h */
+    struct bitmap prepared;  /* of these, the ones that are allocated */
 };
 
 struct ram {
@@ -81,6 +89,11 @@ static inline uint64_t block_pages(const struct ram_block *b)
 static inline uint64_t block_hosts(const struct ram_block *b)
 {
     return b->length >> b->host_bits;
+}
+
+static inline uint64_t block_chunks(const struct ram_block *b)
+{
+    return (b->length + CHUNK_SIZE - 1) >> CHUNK_BITS;
 }
 
 static inline unsigned block_pages_bits(const struct ram_block *b)

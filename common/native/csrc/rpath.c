@@ -47,6 +47,7 @@ static struct result read_message_untrusted(struct source *s,
 
     if (!channel_buffered(s->main)) {
         r = wait_for_message(s);
+        s->read_ns = clock_ns(); /* of all that is read at once */
     }
     if (RESULT_IS_OK(r)) {
         r = channel_read(s->main, head, sizeof(head));
@@ -83,7 +84,6 @@ static struct result serve_untrusted(struct source *s,
                                      const struct rp_message *m)
 {
     struct ram_block *b = asked_block_untrusted(s, m);
-    uint64_t asked_at = clock_ns();
     uint64_t start;
     uint64_t length;
 
@@ -100,14 +100,19 @@ static struct result serve_untrusted(struct source *s,
     }
     STATS_ADD(s->stats.requests, 1);
     for (uint64_t at = start; at < start + length; at += b->page_size) {
-        struct result r = pump_urgent(s, b, at);
+        struct result r = pump_urgent(s, b, at, s->read_ns);
 
         if (!RESULT_IS_OK(r)) {
             return r;
         }
     }
-    histogram_add(&s->stats.serve, clock_ns() - asked_at);
     return result_ok();
+}
+
+static bool is_answer_untrusted(struct source *s, const struct rp_message *m)
+{
+    return m->type == RP_PONG && m->length == 4 &&
+           pump_take_answer_untrusted(s, wire_get_be32(m->payload));
 }
 
 struct result rpath_run(struct source *s, struct rp_message *message)
@@ -117,6 +122,9 @@ struct result rpath_run(struct source *s, struct rp_message *message)
 
         if (!RESULT_IS_OK(r)) {
             return r;
+        }
+        if (is_answer_untrusted(s, message)) {
+            continue;
         }
         if (message->type != RP_REQ_PAGES && message->type != RP_REQ_PAGES_ID) {
             return r;
@@ -190,6 +198,22 @@ struct result rpath_request(struct rpath *rp, const struct ram_block *block,
         rp->last = block;
         r = channel_write(rp->channel, message, size);
         __atomic_fetch_add(&rp->requests, 1, __ATOMIC_RELAXED);
+    }
+    pthread_mutex_unlock(&rp->mutex);
+    return r;
+}
+
+struct result rpath_pong(struct rpath *rp, uint32_t value)
+{
+    uint8_t message[8];
+    struct result r = result_ok();
+
+    put_be16(message, RP_PONG);
+    put_be16(message + 2, 4);
+    wire_put_be32(message + 4, value);
+    pthread_mutex_lock(&rp->mutex);
+    if (rp->channel) {
+        r = channel_write(rp->channel, message, sizeof(message));
     }
     pthread_mutex_unlock(&rp->mutex);
     return r;

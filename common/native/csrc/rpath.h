@@ -2,15 +2,17 @@
  * The return path: what the destination tells the source.
  *
  * A message is be16 type, be16 length, then that many bytes. The source's
- * reader answers page requests itself and hands every other message to its
- * caller. The destination's writer serialises its threads: requests come from
- * the fault loop, everything else from Python.
+ * reader answers page requests itself, takes the answers to the pump's marks,
+ * and hands every other message to its caller. The destination's writer
+ * serialises its threads: requests come from the fault loop, answers to marks
+ * from the load loop, everything else from Python.
  */
 #ifndef POSTCOPY_RPATH_H
 #define POSTCOPY_RPATH_H
 
 #include "pump.h"
 
+#define RP_PONG 2
 #define RP_REQ_PAGES_ID 3
 #define RP_REQ_PAGES 4
 #define RP_PAYLOAD_MAX 512 /* QEMU's source refuses longer ones */
@@ -50,5 +52,7 @@ void rpath_connect(struct rpath *rp, struct channel *channel);
  */
 struct result rpath_request(struct rpath *rp, const struct ram_block *block,
                             uint64_t offset);
+/* Answer a PING. Without a connection nothing is sent. */
+struct result rpath_pong(struct rpath *rp, uint32_t value);
 
 #endif

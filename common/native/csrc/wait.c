@@ -70,6 +70,19 @@ static uint32_t find_waiter_locked(const struct waiting *w, uint32_t thread)
     return i;
 }
 
+static void count_parts_locked(struct waiting *w, const struct waiter *who,
+                               const struct arrival *at, uint64_t now)
+{
+    if (!at || !who->asked_ns || at->came_ns < who->asked_ns ||
+        !at->filled_ns) {
+        return;
+    }
+    histogram_add(&w->request, who->asked_ns - who->since_ns);
+    histogram_add(&w->reply, at->came_ns - who->asked_ns);
+    histogram_add(&w->place, at->filled_ns - at->came_ns);
+    histogram_add(&w->wake, now - at->filled_ns);
+}
+
 static void end_wait_locked(struct waiting *w, uint32_t i, uint64_t now)
 {
     struct waiter *who = &w->waiters[i];
@@ -110,12 +123,24 @@ void waiting_begin(struct waiting *w, uint32_t thread,
     pthread_mutex_unlock(&w->mutex);
 }
 
+void waiting_asked(struct waiting *w, uint32_t thread)
+{
+    uint32_t i;
+
+    pthread_mutex_lock(&w->mutex);
+    i = find_waiter_locked(w, thread);
+    if (i < w->count) {
+        w->waiters[i].asked_ns = clock_ns();
+    }
+    pthread_mutex_unlock(&w->mutex);
+}
+
 void waiting_end(struct waiting *w, const struct ram_block *block,
-                 uint64_t first, uint64_t count)
+                 uint64_t first, uint64_t count, const struct arrival *at)
 {
     /* The common case in the background stream; a waiter that comes just
        now looks at the received bitmap after it was entered. */
-    if (!__atomic_load_n(&w->count, __ATOMIC_SEQ_CST)) {
+    if (!waiting_any(w)) {
         return;
     }
     pthread_mutex_lock(&w->mutex);
@@ -123,7 +148,10 @@ void waiting_end(struct waiting *w, const struct ram_block *block,
         const struct waiter *who = &w->waiters[i];
 
         if (who->block == block && who->host - first < count) {
-            end_wait_locked(w, i, clock_ns());
+            uint64_t now = clock_ns();
+
+            count_parts_locked(w, who, at, now);
+            end_wait_locked(w, i, now);
         } else {
             i++;
         }

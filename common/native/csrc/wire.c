@@ -51,6 +51,15 @@ size_t wire_put_discard(uint8_t *out, const struct ram_block *block,
     return n;
 }
 
+size_t wire_put_mark(uint8_t *out, uint32_t number)
+{
+    out[0] = SECTION_COMMAND;
+    put_be16(out + 1, COMMAND_PING);
+    put_be16(out + 3, WIRE_PING_LENGTH - COMMAND_HEAD);
+    wire_put_be32(out + COMMAND_HEAD, WIRE_MARK | (number & WIRE_MARK_BITS));
+    return WIRE_PING_LENGTH;
+}
+
 size_t wire_put_part_head(uint8_t *out, uint32_t section_id)
 {
     out[0] = SECTION_PART;

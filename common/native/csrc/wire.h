@@ -77,6 +77,7 @@ size_t wire_put_record(uint8_t *out, const struct ram_block *block,
  */
 #define SECTION_COMMAND 0x08
 #define COMMAND_HEAD 5 /* type, be16 command, be16 length */
+#define COMMAND_PING 2
 #define COMMAND_RAM_DISCARD 6
 #define DISCARD_RANGES 256
 #define WIRE_DISCARD_MAX (COMMAND_HEAD + 3 + IDSTR_MAX + 16 * DISCARD_RANGES)
@@ -88,6 +89,21 @@ struct wire_range {
 
 size_t wire_put_discard(uint8_t *out, const struct ram_block *block,
                         const struct wire_range *ranges, uint32_t count);
+
+/*
+ * PING: the destination answers with a PONG of the same be32. Those of the
+ * values from WIRE_MARK on are the marks of flow.h, "PF" and 16 bits.
+ */
+#define WIRE_PING_LENGTH (COMMAND_HEAD + 4)
+#define WIRE_MARK UINT32_C(0x50460000)
+#define WIRE_MARK_BITS UINT32_C(0xffff)
+
+size_t wire_put_mark(uint8_t *out, uint32_t number);
+
+static inline bool wire_is_mark(uint32_t ping)
+{
+    return (ping & ~WIRE_MARK_BITS) == WIRE_MARK;
+}
 
 size_t wire_put_part_head(uint8_t *out, uint32_t section_id);
 size_t wire_put_part_tail(uint8_t *out, uint32_t section_id);
