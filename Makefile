@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo test lint format types unit native conformance \
-	integration fuzz soak clean
+	integration fuzz soak bench clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
@@ -47,6 +47,10 @@ fuzz: ## malformed input; SECONDS=10 for each target
 
 soak: ## many migrations in a row
 	@.ci/stages soak
+
+bench: ## measure against QEMU and the kernel; BENCH="--runs 1 --only preempt"
+	@.ci/setup bench
+	@PYTHONPATH=tests .venv/bin/python bench/run.py $(BENCH)
 
 clean: ## remove .venv and everything built
 	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache .hypothesis
