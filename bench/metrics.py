@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from cases import GIB, MIB, by_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from cases import Case
     from figures import Figures
@@ -109,3 +110,19 @@ class Results:
         )
         known = [value for value in values if value is not None]
         return statistics.median(known) if known else None
+
+
+def distribution(
+    histograms: Sequence[Sequence[tuple[float, int]]],
+) -> tuple[list[float], list[float]]:
+    """Ends of the buckets, and the share of all accesses that is not longer."""
+    counts: Counter[float] = Counter()
+    for histogram in histograms:
+        for end, count in histogram:
+            counts[end] += count
+    x, y, seen = [], [], 0
+    for end in sorted(counts):
+        seen += counts[end]
+        x.append(end)
+        y.append(seen / counts.total())
+    return x, y

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 import matplotlib as mpl
@@ -12,9 +11,10 @@ mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 from cases import CASES, LIMIT, POSTCOPYD, QEMU
+from metrics import distribution
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from pathlib import Path
 
     from figures import Figures
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 COLOURS: Final = {POSTCOPYD: "tab:blue", QEMU: "tab:orange", LIMIT: "tab:grey"}
 COLUMNS: Final = 4
 PANEL_INCHES: Final = 3.6
-
-Points = tuple[list[float], list[float]]
 
 
 def draw(results: Results, directory: Path) -> None:
@@ -82,17 +80,3 @@ def _draw_pages(axes: Axes, colour: str, runs: list[Figures]) -> bool:
     axes.set_xlabel("seconds")
     axes.set_ylabel("MiB")
     return any(run.timeline for run in runs)
-
-
-def distribution(histograms: Sequence[Sequence[tuple[float, int]]]) -> Points:
-    """Ends of the buckets, and the share of all accesses that is not longer."""
-    counts: Counter[float] = Counter()
-    for histogram in histograms:
-        for end, count in histogram:
-            counts[end] += count
-    x, y, seen = [], [], 0
-    for end in sorted(counts):
-        seen += counts[end]
-        x.append(end)
-        y.append(seen / counts.total())
-    return x, y
