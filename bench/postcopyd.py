@@ -150,21 +150,20 @@ def process(side: Daemon, used: account.Usage) -> Process:
 def phases(
     sent: Mapping[str, Any], got: Mapping[str, Any]
 ) -> dict[str, dict[str, float]]:
-    """Downtime in ms; a fault and the source's part of it in us."""
+    """Parts of the downtime in ms; of a fault, on both sides, in us."""
     ours, theirs = sent["x-postcopyd"], got["x-postcopyd"]
+    parts = {**ours["fault-phases"], **theirs["fault-phases"]}
     return {
         "downtime": dict(ours["downtime-parts"]),
+        "pages": {side: ours[f"{side}-pages"] for side in ("background", "urgent")},
         "fault": microseconds(theirs["fault-latency"]),
-        "serve": microseconds(ours["serve-time"]),
-        "pages": {
-            "background": ours["background-pages"],
-            "urgent": ours["urgent-pages"],
-        },
+        **{f"fault: {name}": microseconds(part) for name, part in parts.items()},
     }
 
 
-def microseconds(percentiles: Mapping[str, int]) -> dict[str, float]:
+def microseconds(histogram: Mapping[str, int]) -> dict[str, float]:
+    """Of percentiles in nanoseconds, and a count."""
     return {
         name: value if name == "count" else value / 1000
-        for name, value in percentiles.items()
+        for name, value in histogram.items()
     }
