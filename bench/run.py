@@ -11,13 +11,14 @@ status 1 if a migration failed; a goal that is not met is told, not an error.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import platform
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 ROOT: Final = Path(__file__).resolve().parents[1]
 OUTPUT: Final = ROOT / "build" / "bench"
 SPARE: Final = 2 * GIB  # left alone when memory is touched before a run
+BUSY_LOAD: Final = 0.5
 CONTENDERS: Final[dict[str, Callable[..., Figures]]] = {
     POSTCOPYD: postcopyd.run,
     QEMU: qemu.run,
@@ -54,6 +56,9 @@ def main() -> int:
     wanted = arguments()
     OUTPUT.mkdir(parents=True, exist_ok=True)
     results = Results()
+    load = os.getloadavg()[0]
+    if load > BUSY_LOAD:
+        print(f"The machine is busy, load {load:.1f}: figures will be too high.")
     for name in sorted({by_name(case).link for case in wanted.only} & LINKS.keys()):
         results.round_trips[name] = LINKS[name].round_trip()
     for number, case, contender in plan(wanted):
@@ -101,6 +106,7 @@ def one(results: Results, case: Case, contender: str, number: int) -> None:
 def prepared(case: Case, run: Callable[..., Figures]) -> Figures:
     """Run with the memory it needs at hand, the same for each contender."""
     with ExitStack() as stack:
+        stack.enter_context(alone())
         prefix = f"postcopyd-bench-{case.name}-"
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix))
         account.pretouch(min(2 * case.memory + GIB // 4, available() - SPARE))
@@ -108,6 +114,15 @@ def prepared(case: Case, run: Callable[..., Figures]) -> Figures:
             pages = 2 * case.memory // case.page_size
             stack.enter_context(hugepages.reserved(pages))
         return run(case, Path(folder), LINKS.get(case.link))
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Wait until no other benchmark on this machine is in a migration."""
+    path = Path(tempfile.gettempdir()) / "postcopyd-bench.lock"
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def available() -> int:
