@@ -7,7 +7,6 @@ docs/qmp-differences.md, and an exchange named there must differ in that way.
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from conformance import (
 )
 from support import differences
 from support.daemons import Destination, Source
-from support.exchanges import ENDS, Exchange, replies
+from support.exchanges import ENDS, Exchange, first_difference, replies
 from support.parked import ram_arguments, shared_ram
 from support.qemu import Qemu
 from support.ram import MIB, Block
@@ -88,26 +87,6 @@ def start(end: str, folder: Path, stack: ExitStack) -> tuple[Partner, Partner]:
         Partner(path, qemu.monitor.execute, defaults),
         Partner(str(daemon.qmp_path), daemon.execute, defaults),
     )
-
-
-def told(reply: Any) -> str:
-    """A reply as the document shows it."""
-    if not isinstance(reply, dict):
-        return str(reply)
-    if "error" in reply:
-        return str(reply["error"]["desc"])
-    return json.dumps(reply.get("return", reply), sort_keys=True)
-
-
-def first_difference(theirs: list[Any], ours: list[Any]) -> tuple[str, str]:
-    """What each says at the first place where they are not of one mind."""
-    length = max(len(theirs), len(ours))
-    pairs = zip(padded(theirs, length), padded(ours, length), strict=True)
-    return next((told(a), told(b)) for a, b in pairs if a != b)
-
-
-def padded(said: list[Any], length: int) -> list[Any]:
-    return said + ["nothing"] * (length - len(said))
 
 
 @pytest.mark.parametrize(

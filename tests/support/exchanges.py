@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterator
 
-PATIENCE: Final = 30.0  # seconds; a test that waits longer has failed
+PATIENCE: Final = 10.0  # seconds; a test that waits longer has failed
 
 ENDS: Final = ("source", "destination")
 
@@ -113,6 +113,21 @@ def _lasting(line: bytes) -> Any:
     return reply
 
 
-def errors(said: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The descriptions of the errors among some replies."""
-    return [reply["error"]["desc"] for reply in said if "error" in reply]
+def told(reply: Any) -> str:
+    """A reply as the document shows it."""
+    if not isinstance(reply, dict):
+        return str(reply)
+    if "error" in reply:
+        return str(reply["error"]["desc"])
+    return json.dumps(reply.get("return", reply), sort_keys=True)
+
+
+def first_difference(theirs: list[Any], ours: list[Any]) -> tuple[str, str]:
+    """What each says at the first place where they are not of one mind."""
+    length = max(len(theirs), len(ours))
+    pairs = zip(_padded(theirs, length), _padded(ours, length), strict=True)
+    return next((told(a), told(b)) for a, b in pairs if a != b)
+
+
+def _padded(said: list[Any], length: int) -> list[Any]:
+    return said + ["nothing"] * (length - len(said))
