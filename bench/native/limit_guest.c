@@ -126,6 +126,40 @@ bool limit_guest_empty(const struct limit_guest *g, struct fail *why)
                        why);
 }
 
+/* Going on */
+
+static bool all_have_moved(const struct limit_guest *g,
+                           const uint64_t counters[REPORT_VCPUS])
+{
+    const struct report_vcpu *v = limit_guest_report(g)->vcpus;
+
+    for (unsigned i = 0; i < g->vm.engine.vcpus; i++) {
+        if (__atomic_load_n(&v[i].counters.counter, __ATOMIC_ACQUIRE) ==
+            counters[i])
+            return false;
+    }
+    return true;
+}
+
+bool limit_guest_continue(struct limit_guest *g, struct fail *why)
+{
+    double end = clock_seconds() + BEGIN_PATIENCE;
+    uint64_t counters[REPORT_VCPUS];
+
+    for (unsigned i = 0; i < REPORT_VCPUS; i++)
+        counters[i] = limit_guest_report(g)->vcpus[i].counters.counter;
+    gate_open(&g->vm.engine.gate);
+    while (!all_have_moved(g, counters)) {
+        if (g->vm.engine.gate.ended)
+            return fail(why, "%s", g->vm.engine.gate.reason.text);
+        if (clock_seconds() > end)
+            return fail(why, "a vCPU has not gone on after %u seconds",
+                        BEGIN_PATIENCE);
+        nanosleep(&(struct timespec){ .tv_nsec = 50000 }, NULL);
+    }
+    return true;
+}
+
 double limit_guest_vcpu_seconds(const struct limit_guest *g)
 {
     double sum = 0;

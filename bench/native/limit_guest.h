@@ -39,6 +39,12 @@ bool limit_guest_copy(const struct limit_guest *g, int file, struct fail *why);
 /* Take the area's pages away and watch it with the guest's userfaultfd. */
 bool limit_guest_empty(const struct limit_guest *g, struct fail *why);
 
+/*
+ * Let the vCPUs run, and wait until each of them has counted an access. That
+ * one may have begun before the stop, so it tells nothing.
+ */
+bool limit_guest_continue(struct limit_guest *g, struct fail *why);
+
 /* Where the guest counts its accesses. It runs on while this is read. */
 const struct report *limit_guest_report(const struct limit_guest *g);
 
