@@ -70,14 +70,15 @@ def latency(
     accesses = sum(count for _, _, count in buckets)
     if not accesses:
         return None
+    longest = _longest(before, after, buckets[-1][1])
     total = sum((low + high) / 2 * count for low, high, count in buckets)
     return Latency(
         accesses=accesses,
-        p50=_percentile(buckets, 50),
-        p90=_percentile(buckets, 90),
-        p99=_percentile(buckets, 99),
+        p50=min(_percentile(buckets, 50), longest),
+        p90=min(_percentile(buckets, 90), longest),
+        p99=min(_percentile(buckets, 99), longest),
         mean=total / accesses,
-        max=_longest(before, after, buckets[-1][1]),
+        max=longest,
         counts=[(high, count) for _, high, count in buckets],
     )
 
