@@ -4,6 +4,8 @@
 
 #include <errno.h>
 #include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 /* A page's head and its data, the section's head and tail, a mark. */
@@ -93,26 +95,54 @@ uint64_t batch_bytes(const struct batch *b)
     return b->head_used + (uint64_t)(b->pages - b->zeros) * TARGET_PAGE_SIZE;
 }
 
-/* Reading a hole of a memfd through a mapping would allocate it. */
-static void extent_find(struct extent *e, const struct ram_block *b,
-                        uint64_t offset)
+static void look_at_chunk(struct extent *e, const struct ram_block *b,
+                          uint64_t chunk)
+{
+    uint64_t left = b->length - (chunk << CHUNK_BITS);
+    size_t length = (size_t)(left < CHUNK_SIZE ? left : CHUNK_SIZE);
+
+    /* Huge pages are not asked about; what cannot be told counts as data. */
+    if (block_is_huge(b) ||
+        mincore(b->map + (chunk << CHUNK_BITS), length, e->resident) < 0) {
+        memset(e->resident, 1, sizeof(e->resident));
+    }
+    e->chunk = chunk + 1;
+}
+
+/* Not in memory: a hole, up to where the next data is, or swapped out. */
+static bool look_for_hole(struct extent *e, const struct ram_block *b,
+                          uint64_t offset)
 {
     off_t data = lseek(b->fd, (off_t)offset, SEEK_DATA);
-    off_t end;
 
-    *e = (struct extent){
-        .block = b, .start = offset, .data = offset, .end = b->length
-    };
     if (data < 0) {
         /* ENXIO: a hole up to the end. Else the file system can't tell. */
-        e->data = errno == ENXIO ? b->length : offset;
-        return;
+        data = errno == ENXIO ? (off_t)b->length : (off_t)offset;
     }
-    end = lseek(b->fd, data, SEEK_HOLE);
-    e->data = (uint64_t)data < b->length ? (uint64_t)data : b->length;
-    if (end >= 0 && (uint64_t)end < b->length) {
-        e->end = (uint64_t)end;
+    e->hole_start = offset;
+    e->hole_end = (uint64_t)data;
+    return e->hole_end > offset;
+}
+
+static bool is_hole(struct extent *e, const struct ram_block *b, uint64_t page)
+{
+    uint64_t offset = page << TARGET_PAGE_BITS;
+    struct extent here;
+
+    if (!e) {
+        return look_for_hole(&here, b, offset);
     }
+    if (e->block != b) {
+        *e = (struct extent){ .block = b };
+    }
+    if (offset >= e->hole_start && offset < e->hole_end) {
+        return true;
+    }
+    if (e->chunk != (page >> CHUNK_PAGES_BITS) + 1) {
+        look_at_chunk(e, b, page >> CHUNK_PAGES_BITS);
+    }
+    return !(e->resident[page % CHUNK_PAGES] & 1) &&
+           look_for_hole(e, b, offset);
 }
 
 bool batch_add_page(struct batch *batch, struct extent *e,
@@ -120,12 +150,8 @@ bool batch_add_page(struct batch *batch, struct extent *e,
 {
     uint64_t offset = page << TARGET_PAGE_BITS;
     const uint8_t *data = b->map + offset;
-    bool hole;
+    bool hole = is_hole(e, b, page);
 
-    if (e->block != b || offset < e->start || offset >= e->end) {
-        extent_find(e, b, offset);
-    }
-    hole = offset < e->data;
     add_record(batch, b, offset, hole || page_is_zero(data) ? NULL : data);
     return hole;
 }

@@ -27,12 +27,17 @@ struct batch {
     const struct ram_block *last;
 };
 
-/* Where in a block there is data, so that holes are not read. */
+/*
+ * Where in a block there is data, so that holes are not read: reading one
+ * through a mapping would allocate it. Found out chunk by chunk, for nearly
+ * nothing; a walk over a whole block takes milliseconds.
+ */
 struct extent {
     const struct ram_block *block;
-    uint64_t start; /* [start, data) is a hole, [data, end) is data */
-    uint64_t data;
-    uint64_t end;
+    uint64_t hole_start; /* [hole_start, hole_end) is a hole; bytes */
+    uint64_t hole_end;
+    uint64_t chunk; /* 1 + the one that `resident` is about */
+    unsigned char resident[CHUNK_PAGES];
 };
 
 struct result batch_open(struct batch *b);
@@ -45,7 +50,8 @@ void batch_begin_part(struct batch *b, uint32_t section_id);
 
 /*
  * Add a target page as it is now. True if it was found to be zero without
- * reading it: it is a hole in the block's file.
+ * reading it: it is a hole in the block's file. `e` NULL: the pages around it
+ * are not going to be asked about.
  */
 bool batch_add_page(struct batch *batch, struct extent *e,
                     const struct ram_block *b, uint64_t page);

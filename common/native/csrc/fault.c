@@ -1,6 +1,7 @@
 #include "fault.h"
 
 #include "channel.h"
+#include "turn.h"
 #include "uffd.h"
 
 #include <poll.h>
@@ -43,7 +44,7 @@ static struct result handle_fault(struct destination *d,
     return result_ok();
 }
 
-struct result fault_run(struct destination *d, int stop_fd)
+static struct result answer_faults(struct destination *d, int stop_fd)
 {
     for (;;) {
         struct uffd_fault faults[FAULTS];
@@ -60,4 +61,14 @@ struct result fault_run(struct destination *d, int stop_fd)
             return r;
         }
     }
+}
+
+struct result fault_run(struct destination *d, int stop_fd)
+{
+    struct result r;
+
+    turn_take(TURN_URGENT);
+    r = answer_faults(d, stop_fd);
+    turn_take(TURN_USUAL);
+    return r;
 }

@@ -1,5 +1,7 @@
 #include "load.h"
 
+#include "turn.h"
+
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -469,5 +471,10 @@ struct result load_main(struct loader *l)
 
 struct result load_preempt(struct loader *l)
 {
-    return load_records(l);
+    struct result r;
+
+    turn_take(TURN_URGENT);
+    r = load_records(l);
+    turn_take(TURN_USUAL);
+    return r;
 }

@@ -1,5 +1,7 @@
 #include "pump.h"
 
+#include "turn.h"
+
 #include <errno.h>
 #include <poll.h>
 #include <stdlib.h>
@@ -484,7 +486,7 @@ static uint32_t postcopy_pages(struct source *s)
     return batch_size(s, pages ? (uint32_t)pages : 1);
 }
 
-struct result pump_postcopy(struct source *s)
+static struct result send_owed(struct source *s)
 {
     channel_limit_unsent(s->main, POSTCOPY_UNSENT_MAX);
     for (;;) {
@@ -508,6 +510,16 @@ struct result pump_postcopy(struct source *s)
     return result_ok();
 }
 
+struct result pump_postcopy(struct source *s)
+{
+    struct result r;
+
+    turn_take(TURN_BULK);
+    r = send_owed(s);
+    turn_take(TURN_USUAL);
+    return r;
+}
+
 static struct result write_urgent_locked(struct source *s, struct ram_block *b,
                                          uint64_t host)
 {
@@ -520,7 +532,7 @@ static struct result write_urgent_locked(struct source *s, struct ram_block *b,
     } else {
         batch_begin_part(batch, s->section_id);
     }
-    add_host_page(s, batch, &s->urgent_extent, b, host);
+    add_host_page(s, batch, NULL, b, host);
     if (own_channel) {
         s->urgent->last_block = batch->last;
         batch_end(batch);

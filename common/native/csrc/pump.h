@@ -55,8 +55,7 @@ struct source {
     struct batch batch;
     struct extent extent;
 
-    struct batch urgent_batch; /* request server only, as the next three */
-    struct extent urgent_extent;
+    struct batch urgent_batch; /* request server only, as the next two */
     struct ram_block *asked;
     uint64_t read_ns; /* when requests were read last */
 

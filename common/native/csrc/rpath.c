@@ -1,5 +1,7 @@
 #include "rpath.h"
 
+#include "turn.h"
+
 #include <errno.h>
 #include <poll.h>
 #include <string.h>
@@ -115,7 +117,8 @@ static bool is_answer_untrusted(struct source *s, const struct rp_message *m)
            pump_take_answer_untrusted(s, wire_get_be32(m->payload));
 }
 
-struct result rpath_run(struct source *s, struct rp_message *message)
+static struct result answer_requests(struct source *s,
+                                     struct rp_message *message)
 {
     for (;;) {
         struct result r = read_message_untrusted(s, message);
@@ -138,6 +141,16 @@ struct result rpath_run(struct source *s, struct rp_message *message)
             return r;
         }
     }
+}
+
+struct result rpath_run(struct source *s, struct rp_message *message)
+{
+    struct result r;
+
+    turn_take(TURN_URGENT);
+    r = answer_requests(s, message);
+    turn_take(TURN_USUAL);
+    return r;
 }
 
 void rpath_open(struct rpath *rp)
