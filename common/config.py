@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import grp
 from dataclasses import dataclass
 
 from common.guest.parked import RamFile, parse_size
@@ -41,6 +42,7 @@ class ServeConfig:
 
     guest: GuestConfig
     qmp: tuple[str, ...]
+    qmp_group: int | None = None
     track: bool = True
     preempt_early: bool = False
     incoming: str | None = None
@@ -58,6 +60,12 @@ def add_guest_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="SOCKET",
         help="serve the control protocol here; may be given more than once",
+    )
+    add(
+        "--qmp-group",
+        type=_group,
+        metavar="GROUP",
+        help="who else may connect to the control sockets, by name or number",
     )
     guest = parser.add_argument_group("the guest")
     add = guest.add_argument
@@ -118,6 +126,15 @@ def guest_config(
         serial=found.serial,
         paused=getattr(found, "paused", False),
     )
+
+
+def _group(text: str) -> int:
+    if text.isdecimal():
+        return int(text)
+    try:
+        return grp.getgrnam(text).gr_gid
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"no group is called {text!r}") from None
 
 
 def _size(text: str) -> int:

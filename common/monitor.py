@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from common import address
+from common.descriptors import Descriptors
 from common.guest.base import GuestState
 from common.qmp.session import CommandError
 from common.settings import Settings
@@ -30,7 +32,8 @@ SAVE_CHUNK: Final = 1 << 20
 class Monitor:
     """The state of one daemon that QMP shows, and the commands on it.
 
-    `emit` sends an event to all clients; `close` begins the end of the server.
+    `emit` sends an event to all clients; `close` begins the end of the server,
+    and `before_end` is called in between; `take_descriptor` is the server's.
     `run_state` uses QEMU's words (RunState).
     """
 
@@ -39,9 +42,12 @@ class Monitor:
         self.name = name
         self.run_state = run_state
         self.settings = Settings()
+        self.descriptors = Descriptors()
         self.quitting = trio.Event()
         self.emit: Callable[[str, Mapping[str, Json] | None], None] = _nobody
         self.close: Callable[[], None] = lambda: None
+        self.take_descriptor: Callable[[], int | None] = lambda: None
+        self.before_end: Callable[[], object] = lambda: None
         self.memory_problem: Callable[[], str | None] = lambda: None
 
     @property
@@ -54,6 +60,9 @@ class Monitor:
             "migrate-set-capabilities": self._set_capabilities,
             "query-migrate-parameters": self._query_parameters,
             "migrate-set-parameters": self._set_parameters,
+            "migrate_set_parameter": self._set_parameter,
+            "getfd": self._getfd,
+            "closefd": self._closefd,
             "pmemsave": self._pmemsave,
             "quit": self._quit,
         }
@@ -80,8 +89,26 @@ class Monitor:
         """Say that this is the end, once."""
         if not self.quitting.is_set():
             self.emit("SHUTDOWN", {"guest": False, "reason": reason})
+            self.before_end()
             self.close()
             self.quitting.set()
+
+    def target(
+        self, arguments: Mapping[str, Json], *, incoming: bool = False
+    ) -> address.Address:
+        """The address in a command's arguments, if the settings allow to use it."""
+        try:
+            target = address.of_arguments(arguments, incoming=incoming)
+        except address.AddressError as error:
+            raise CommandError(str(error)) from None
+        if self.settings.on("postcopy-preempt") and not address.takes_many(target):
+            raise CommandError("Migration requires multi-channel URIs (e.g. tcp)")
+        if self.settings.text("tls-creds"):
+            raise CommandError(
+                "TLS is not supported and tls-creds is set; set it to an empty string"
+                " to send the guest unencrypted"
+            )
+        return target
 
     # -- commands
 
@@ -108,6 +135,22 @@ class Monitor:
 
     async def _set_parameters(self, arguments: Mapping[str, Json]) -> Json:
         self.settings.set_parameters(arguments)
+        return None
+
+    async def _set_parameter(self, arguments: Mapping[str, Json]) -> Json:
+        """One by name, or the form of migrate-set-parameters."""
+        if "parameter" not in arguments:
+            return await self._set_parameters(arguments)
+        name = str(arguments["parameter"])
+        self.settings.set_parameter(name, arguments["value"])
+        return None
+
+    async def _getfd(self, arguments: Mapping[str, Json]) -> Json:
+        self.descriptors.add(str(arguments["fdname"]), self.take_descriptor())
+        return None
+
+    async def _closefd(self, arguments: Mapping[str, Json]) -> Json:
+        self.descriptors.remove(str(arguments["fdname"]))
         return None
 
     async def _pmemsave(self, arguments: Mapping[str, Json]) -> Json:

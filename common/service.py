@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from common import address
 from common.errors import MigrationError, cause_of
 from common.guest.attached import AttachedGuest
+from common.qmp.hmp import HumanMonitor
 from common.qmp.server import QmpServer
+from common.qmp.session import CommandError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -50,9 +53,16 @@ async def serve_monitor(
     task_status: trio.TaskStatus[None],
 ) -> None:
     """Answer on the control sockets until `quit` or a signal."""
-    server = QmpServer(handlers, package=f"postcopyd {version('postcopyd')}")
+    human = HumanMonitor(handlers, cpus=len(monitor.guest.vcpus), check_uri=_check_uri)
+    server = QmpServer(
+        {**handlers, "human-monitor-command": human.command},
+        package=f"postcopyd {version('postcopyd')}",
+        group=config.qmp_group,
+    )
+    human.version = server.version
     monitor.emit = server.event
     monitor.close = server.close
+    monitor.take_descriptor = server.take_descriptor
     for path in config.qmp:
         await nursery.start(server.listen, path)
     if isinstance(monitor.guest, AttachedGuest):
@@ -61,6 +71,14 @@ async def serve_monitor(
     task_status.started()
     await monitor.quitting.wait()
     await server.stop()
+    monitor.descriptors.close()
+
+
+def _check_uri(uri: str) -> None:
+    try:
+        address.parse(uri)
+    except address.AddressError as error:
+        raise CommandError(str(error)) from None
 
 
 @asynccontextmanager

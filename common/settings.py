@@ -6,9 +6,10 @@ combinations, in QEMU's order and words, and what this implementation offers.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from common.qmp import schema
+from common.qmp import human_values, schema
 from common.qmp.session import CommandError
 
 if TYPE_CHECKING:
@@ -23,38 +24,112 @@ SUPPORTED: Final = frozenset(
         "postcopy-preempt",
         "postcopy-blocktime",
         "return-path",
+        "pause-before-switchover",
         "late-block-activate",
         "zero-blocks",
     }
 )
 
-# In this order; the first that applies answers.
-_CONFLICTS: Final = (
-    (
-        "postcopy-ram",
-        "x-ignore-shared",
-        "Postcopy is not compatible with ignore-shared",
-    ),
-    ("postcopy-ram", "multifd", "Postcopy is not yet compatible with multifd"),
-    (
-        "dirty-limit",
-        "auto-converge",
-        "dirty-limit conflicts with auto-converge either of then available currently",
-    ),
-    ("multifd", "xbzrle", "Multifd is not compatible with xbzrle"),
-    ("mapped-ram", "xbzrle", "Mapped-ram migration is incompatible with xbzrle"),
-    (
-        "mapped-ram",
-        "postcopy-ram",
-        "Mapped-ram migration is incompatible with postcopy",
-    ),
+PREEMPT: Final = "postcopy-preempt"
+_SNAPSHOT: Final = "background-snapshot"
+_ALONE: Final = "Background-snapshot is not compatible with "
+_ZERO_COPY: Final = (
+    "Zero copy only available for non-compressed non-TLS multifd migration"
 )
-_REQUIREMENTS: Final = (
-    ("postcopy-preempt", "postcopy-ram", "Postcopy preempt requires postcopy-ram"),
-    (
-        "switchover-ack",
-        "return-path",
-        "Capability 'switchover-ack' requires capability 'return-path'",
+_DIRTY_RING: Final = (
+    "dirty-limit requires KVM with accelerator property 'dirty-ring-size' set"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rule:
+    """`text` refuses `one` together with `other`, or without `needs`.
+
+    With `listening` it refuses switching `one` on once a destination listens.
+    """
+
+    one: str
+    other: str = ""
+    needs: str = ""
+    listening: bool = False
+    text: str
+
+    def broken(self, would: Mapping[str, bool]) -> bool:
+        if not would[self.one]:
+            return False
+        if self.other:
+            return would[self.other]
+        return not would.get(self.needs, False)
+
+
+# In QEMU's order; the first that is broken answers.
+_RULES: Final = (
+    _Rule(
+        one="postcopy-ram",
+        other="x-ignore-shared",
+        text="Postcopy is not compatible with ignore-shared",
+    ),
+    _Rule(
+        one="postcopy-ram",
+        other="multifd",
+        text="Postcopy is not yet compatible with multifd",
+    ),
+    *(
+        _Rule(one=_SNAPSHOT, other=name, text=_ALONE + name)
+        for name in (
+            "postcopy-ram",
+            "dirty-bitmaps",
+            "postcopy-blocktime",
+            "late-block-activate",
+            "return-path",
+            "multifd",
+            "pause-before-switchover",
+            "auto-converge",
+            "release-ram",
+            "rdma-pin-all",
+            "xbzrle",
+            "x-colo",
+            "validate-uuid",
+            "zero-copy-send",
+        )
+    ),
+    _Rule(one="zero-copy-send", needs="multifd", text=_ZERO_COPY),
+    _Rule(one="zero-copy-send", other="xbzrle", text=_ZERO_COPY),
+    _Rule(
+        one=PREEMPT, needs="postcopy-ram", text="Postcopy preempt requires postcopy-ram"
+    ),
+    _Rule(
+        one=PREEMPT,
+        listening=True,
+        text="Postcopy preempt must be set before incoming starts",
+    ),
+    _Rule(
+        one="multifd",
+        listening=True,
+        text="Multifd must be set before incoming starts",
+    ),
+    _Rule(
+        one="switchover-ack",
+        needs="return-path",
+        text="Capability 'switchover-ack' requires capability 'return-path'",
+    ),
+    _Rule(
+        one="dirty-limit",
+        other="auto-converge",
+        text="dirty-limit conflicts with auto-converge"
+        " either of then available currently",
+    ),
+    _Rule(one="dirty-limit", text=_DIRTY_RING),
+    _Rule(one="multifd", other="xbzrle", text="Multifd is not compatible with xbzrle"),
+    _Rule(
+        one="mapped-ram",
+        other="xbzrle",
+        text="Mapped-ram migration is incompatible with xbzrle",
+    ),
+    _Rule(
+        one="mapped-ram",
+        other="postcopy-ram",
+        text="Mapped-ram migration is incompatible with postcopy",
     ),
 )
 
@@ -99,14 +174,13 @@ class Settings:
     def _check_combination(self, would: Mapping[str, bool], new: set[str]) -> None:
         if "postcopy-ram" in new and (problem := self.postcopy_problem()):
             raise CommandError(f"Postcopy is not supported: {problem}")
-        for one, other, text in _CONFLICTS:
-            if would[one] and would[other]:
-                raise CommandError(text)
-        for one, other, text in _REQUIREMENTS:
-            if would[one] and not would[other]:
-                raise CommandError(text)
-        if "postcopy-preempt" in new and self.listening():
-            raise CommandError("Postcopy preempt must be set before incoming starts")
+        for rule in _RULES:
+            if rule.listening:
+                broken = rule.one in new and self.listening()
+            else:
+                broken = rule.broken(would)
+            if broken:
+                raise CommandError(rule.text)
 
     # -- parameters
 
@@ -114,6 +188,9 @@ class Settings:
         value = self._parameters[parameter]
         assert isinstance(value, int)
         return value
+
+    def text(self, parameter: str) -> str:
+        return str(self._parameters[parameter])
 
     def parameters(self) -> Mapping[str, Json]:
         return dict(self._parameters)
@@ -129,3 +206,11 @@ class Settings:
             )
         self._parameters = would
         self.changed()
+
+    def set_parameter(self, name: str, value: Json) -> None:
+        """One parameter; a text is read as people write it, with suffixes."""
+        parameters = self._schema.object("MigrationParameters")
+        if isinstance(value, str):
+            value = human_values.parse(parameters, name, value)
+        parameters.check_arguments({name: value})
+        self.set_parameters({name: value})

@@ -15,16 +15,20 @@ _HEX: Final = re.compile(r"0x[0-9a-f]+", re.ASCII | re.IGNORECASE)
 _MAX_TEXT: Final = 64
 
 
+class OutOfRange(ValueError):
+    """A number, but less than nothing or more than 64 bits."""
+
+
 def parse(text: str, unit: int = 1) -> int:
     """`text` in bytes; `unit` is what a number without a letter counts.
 
     A number is decimal, with a fraction unless it counts bytes, or hexadecimal
-    and then without a letter. Raises ValueError for all else, and for what does
-    not fit 64 bits.
+    and then without a letter. Raises ValueError for all else.
     """
-    size = _value(text[: _MAX_TEXT + 1], unit)
-    if len(text) > _MAX_TEXT or size > MAX_SIZE:
-        raise ValueError(f"size is too large: {text[:_MAX_TEXT]!r}")
+    digits = text.removeprefix("-")
+    size = _value(digits[: _MAX_TEXT + 1], unit)
+    if len(text) > _MAX_TEXT or size > MAX_SIZE or digits != text:
+        raise OutOfRange(f"not a size that fits 64 bits: {text[:_MAX_TEXT]!r}")
     return size
 
 

@@ -61,14 +61,15 @@ def _table(states: Iterable[S], rows: Mapping[S, set[S]]) -> Table[S]:
 
 # DEVICE is the last status from which the guest can go on at the source. It
 # becomes POSTCOPY_ACTIVE only after PONG 3 has proven that the destination has
-# loaded the package; a failure before that is FAILED, and nothing is lost.
+# loaded the package; a failure before that is FAILED, and nothing is lost. QEMU
+# notices one in PRE_SWITCHOVER only when it goes on; we say so at once.
 OUTGOING: Final = _table(
     M,
     {
         M.NONE: {M.SETUP},
         M.SETUP: {M.ACTIVE, M.CANCELLING, M.FAILED},
         M.ACTIVE: {M.PRE_SWITCHOVER, M.DEVICE, M.CANCELLING, M.FAILED},
-        M.PRE_SWITCHOVER: {M.DEVICE, M.CANCELLING},
+        M.PRE_SWITCHOVER: {M.DEVICE, M.CANCELLING, M.FAILED},
         M.DEVICE: {M.COMPLETED, M.POSTCOPY_ACTIVE, M.CANCELLING, M.FAILED},
         M.POSTCOPY_ACTIVE: {M.COMPLETED, M.POSTCOPY_PAUSED, M.FAILED},
         M.POSTCOPY_PAUSED: {M.POSTCOPY_RECOVER_SETUP},

@@ -38,6 +38,7 @@ def parse(arguments: list[str] | None = None) -> ServeConfig:
     return ServeConfig(
         guest=guest_config(serve, found, kernel=None),
         qmp=tuple(found.qmp),
+        qmp_group=found.qmp_group,
         incoming=found.incoming,
         copy=found.place == "copy",
         overcommit=found.overcommit,

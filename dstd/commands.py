@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from common import address, status
+from common import status
+from common.dirty_rate import DirtyRate
 from common.errors import GuestError, HostError
 from common.qmp.session import CommandError
 from common.status import MigrationStatus as M
@@ -16,12 +17,14 @@ if TYPE_CHECKING:
 
     import trio
 
+    from common import address
     from common.config import ServeConfig
     from common.monitor import Monitor
     from common.qmp.message import Json
     from common.qmp.server import Handler
 
 ARRIVING: Final = frozenset(M) - {M.NONE, M.SETUP, M.COMPLETED, M.FAILED}
+PAUSABLE: Final = frozenset({M.POSTCOPY_ACTIVE, M.POSTCOPY_RECOVER})
 ARRIVED: Final = frozenset({"running", "paused"})
 
 
@@ -42,6 +45,9 @@ class DestinationCommands:
         self._migration: IncomingMigration | None = None
         self._stay_stopped = False
         self.failed = False
+        self._dirty_rate = DirtyRate(
+            monitor.guest, nursery, problem=self._memory_problem
+        )
         monitor.settings.postcopy_problem = self._postcopy_problem
         monitor.settings.listening = lambda: self._migration is not None
         monitor.memory_problem = self._memory_problem
@@ -50,12 +56,17 @@ class DestinationCommands:
     def handlers(self) -> dict[str, Handler]:
         return {
             **self._monitor.handlers,
+            **self._dirty_rate.handlers,
             "stop": self._stop,
             "cont": self._cont,
             "migrate": self._migrate,
             "migrate-incoming": self._migrate_incoming,
             "migrate-set-capabilities": self._set_capabilities,
+            "migrate_set_capability": self._set_capability,
             "migrate-start-postcopy": self._start_postcopy,
+            "migrate-continue": self._continue,
+            "migrate-pause": self._pause,
+            "migrate-recover": self._recover,
             "migrate_cancel": self._cancel,
             "query-migrate": self._query_migrate,
         }
@@ -126,24 +137,46 @@ class DestinationCommands:
 
     # -- migration
 
-    async def _migrate(self, _: Mapping[str, Json]) -> Json:
+    async def _migrate(self, arguments: Mapping[str, Json]) -> Json:
+        self._monitor.target(arguments)
+        if arguments.get("resume"):
+            raise CommandError("Cannot resume if there is no paused migration")
         raise CommandError("Guest is waiting for an incoming migration")
 
     async def _migrate_incoming(self, arguments: Mapping[str, Json]) -> Json:
         if self._migration is not None:
             raise CommandError("The incoming migration has already been started")
+        target = self._monitor.target(arguments, incoming=True)
         exit_on_error = bool(arguments.get("exit-on-error", True))
         try:
-            target = address.of_arguments(arguments)
-        except address.AddressError as error:
-            raise CommandError(str(error)) from None
-        many = isinstance(target, address.Tcp | address.Unix)
-        if self._monitor.settings.on("postcopy-preempt") and not many:
-            raise CommandError("Migration requires multi-channel URIs (e.g. tcp)")
-        try:
-            await self.listen(target, exit_on_error=exit_on_error)
+            await self.listen(
+                self._monitor.descriptors.resolve(target), exit_on_error=exit_on_error
+            )
         except HostError as error:
             raise CommandError(str(error)) from None
+        return None
+
+    async def _recover(self, arguments: Mapping[str, Json]) -> Json:
+        if self._migration is None or self._status.now is not M.POSTCOPY_PAUSED:
+            raise CommandError(
+                "Migrate recover can only be run when postcopy is paused."
+            )
+        target = self._monitor.target(arguments, incoming=True)
+        try:
+            await self._migration.recover(self._monitor.descriptors.resolve(target))
+        except HostError as error:
+            raise CommandError(str(error)) from None
+        return None
+
+    async def _pause(self, _: Mapping[str, Json]) -> Json:
+        if self._migration is None or self._status.now not in PAUSABLE:
+            raise CommandError(
+                "migrate-pause is currently only supported during postcopy-active or"
+                " postcopy-recover state"
+            )
+        if not self._migration.pausable:
+            raise CommandError("The guest is being handed over; pause in a moment")
+        self._migration.pause()
         return None
 
     async def _set_capabilities(self, arguments: Mapping[str, Json]) -> Json:
@@ -154,6 +187,9 @@ class DestinationCommands:
             raise CommandError("There's a migration process in progress")
         return await self._monitor.handlers["migrate-set-capabilities"](dict(arguments))
 
+    async def _set_capability(self, arguments: Mapping[str, Json]) -> Json:
+        return await self._set_capabilities({"capabilities": [arguments]})
+
     async def _start_postcopy(self, _: Mapping[str, Json]) -> Json:
         if not self._monitor.settings.on("postcopy-ram"):
             raise CommandError(
@@ -161,6 +197,12 @@ class DestinationCommands:
                 " migration"
             )
         raise CommandError("Postcopy must be started after migration has been started")
+
+    async def _continue(self, arguments: Mapping[str, Json]) -> Json:
+        """There is no outgoing migration here."""
+        if arguments["state"] != M.NONE:
+            raise CommandError(f"Migration not in expected state: {M.NONE}")
+        return None
 
     async def _cancel(self, _: Mapping[str, Json]) -> Json:
         """QEMU looks at outgoing migrations only, and so do scripts."""

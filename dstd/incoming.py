@@ -65,6 +65,12 @@ class Connection:
         self.preempt: Channel | None = None
         self.preempt_came = trio.Event()
 
+    def break_connection(self) -> None:
+        """Loops on the channels see their end."""
+        for channel in (self.main, self.preempt):
+            if channel:
+                channel.break_connection()
+
     def close(self) -> None:
         """No loop runs on them any more."""
         self.loader.close()
@@ -107,6 +113,7 @@ class IncomingMigration:
         self._standing: trio.Nursery
         self._loaded = False  # PONG 3 has left: the source may give the guest up
         self._running = trio.Event()
+        self._link: Connection | None = None
 
     # -- listening
 
@@ -119,6 +126,22 @@ class IncomingMigration:
 
     def addresses(self) -> list[dict[str, Json]]:
         return self._listener.describe() if self._listener else []
+
+    # -- orders from outside
+
+    @property
+    def pausable(self) -> bool:
+        """Before the guest runs here a broken connection ends the migration."""
+        return self._running.is_set()
+
+    def pause(self) -> None:
+        """Break the connection of a postcopy; only while `pausable`."""
+        if self._link:
+            self._link.break_connection()
+
+    async def recover(self, address: Address) -> None:
+        """Listen at `address` for the source of a paused postcopy; HostError."""
+        raise HostError(f"cannot listen at {address}: recovery is not implemented")
 
     # -- the whole
 
@@ -144,6 +167,7 @@ class IncomingMigration:
     async def _take(self, listener: Listener) -> None:
         """One source, until all has arrived or its connection fails."""
         link = Connection(await listener.accept("main"), self.memory)
+        self._link = link
         self.status.set(M.ACTIVE)
         try:
             async with trio.open_nursery() as nursery:
@@ -160,6 +184,7 @@ class IncomingMigration:
             # A request that is being written must not keep us waiting.
             link.main.stop.set()
             self.memory.connect(None)
+            self._link = None
             link.close()
 
     async def _accept_more(self, listener: Listener, link: Connection) -> None:

@@ -38,6 +38,7 @@ def parse(arguments: list[str] | None = None) -> ServeConfig:
     return ServeConfig(
         guest=guest_config(serve, found, kernel=kernel),
         qmp=tuple(found.qmp),
+        qmp_group=found.qmp_group,
         track=found.dirty_tracking != "none",
         preempt_early=found.preempt_early,
     )

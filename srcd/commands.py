@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from common import address, status
-from common.errors import MigrationError
+from common.dirty_rate import DirtyRate
+from common.errors import HostError, MigrationError
 from common.qmp.session import CommandError
 from common.status import MigrationStatus as M
 from srcd.outgoing import OutgoingMigration
 from srcd.report import migration_info
+from srcd.written import Written
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -32,6 +34,7 @@ POSTCOPY: Final = frozenset(
         M.POSTCOPY_RECOVER,
     }
 )
+PAUSABLE: Final = frozenset({M.POSTCOPY_ACTIVE, M.POSTCOPY_RECOVER})
 
 
 class SourceCommands:
@@ -52,18 +55,27 @@ class SourceCommands:
         self._status = status.outgoing()
         self._status.listeners.append(monitor.announce)
         self._migration: OutgoingMigration | None = None
+        self._dirty_rate = DirtyRate(
+            monitor.guest, nursery, writes=self._writes, problem=self._in_progress
+        )
         monitor.settings.changed = self._apply_limits
+        monitor.before_end = self._let_go
 
     @property
     def handlers(self) -> dict[str, Handler]:
         return {
             **self._monitor.handlers,
+            **self._dirty_rate.handlers,
             "stop": self._stop,
             "cont": self._cont,
             "migrate": self._migrate,
             "migrate-incoming": self._migrate_incoming,
             "migrate-set-capabilities": self._set_capabilities,
+            "migrate_set_capability": self._set_capability,
             "migrate-start-postcopy": self._start_postcopy,
+            "migrate-continue": self._continue,
+            "migrate-pause": self._pause,
+            "migrate-recover": self._recover,
             "migrate_cancel": self._cancel,
             "query-migrate": self._query_migrate,
         }
@@ -75,6 +87,18 @@ class SourceCommands:
     def _apply_limits(self) -> None:
         if self._migration:
             self._migration.apply_limits()
+
+    def _writes(self) -> Written | None:
+        return Written.of(self._monitor.guest) if self._track else None
+
+    def _in_progress(self) -> str | None:
+        if self._status.now in IN_PROGRESS:
+            return "There's a migration process in progress"
+        return None
+
+    def _check_idle(self) -> None:
+        if problem := self._in_progress():
+            raise CommandError(problem)
 
     # -- run state
 
@@ -99,20 +123,29 @@ class SourceCommands:
     # -- migration
 
     async def _migrate(self, arguments: Mapping[str, Json]) -> Json:
-        target = _address(arguments)
-        many = isinstance(target, address.Tcp | address.Unix)
-        if self._monitor.settings.on("postcopy-preempt") and not many:
-            raise CommandError("Migration requires multi-channel URIs (e.g. tcp)")
+        target = self._monitor.target(arguments)
         if arguments.get("resume"):
-            raise CommandError("Cannot resume if there is no paused migration")
-        if self._status.now in IN_PROGRESS:
-            raise CommandError("There's a migration process in progress")
+            return await self._resume(target)
+        self._check_idle()
         if self._monitor.run_state == "postmigrate":
             raise CommandError(
                 "Can't migrate the vm that was paused due to previous migration"
             )
+        await self._dirty_rate.abandon()
+        migration = self._migration = self._new_migration()
+        self._status.set(M.SETUP)
+        target = self._monitor.descriptors.resolve(target)
+        self._nursery.start_soon(migration.run, target)
+        if isinstance(target, address.Fd | address.File | address.Exec):
+            # These are opened without waiting, so the reply can tell.
+            await migration.opened.wait()
+            if self._status.now is M.FAILED:
+                raise CommandError(str(migration.error))
+        return None
+
+    def _new_migration(self) -> OutgoingMigration:
         try:
-            self._migration = OutgoingMigration(
+            return OutgoingMigration(
                 self._monitor.guest,
                 self._monitor.settings,
                 self._status,
@@ -123,17 +156,28 @@ class SourceCommands:
             )
         except MigrationError as error:
             raise CommandError(str(error)) from None
-        self._status.set(M.SETUP)
-        self._nursery.start_soon(self._migration.run, target)
+
+    async def _resume(self, target: address.Address) -> Json:
+        if self._migration is None or self._status.now is not M.POSTCOPY_PAUSED:
+            raise CommandError("Cannot resume if there is no paused migration")
+        try:
+            await self._migration.resume(self._monitor.descriptors.resolve(target))
+        except HostError as error:
+            raise CommandError(str(error)) from None
         return None
 
     async def _migrate_incoming(self, _: Mapping[str, Json]) -> Json:
         raise CommandError("'-incoming' was not specified on the command line")
 
+    async def _recover(self, _: Mapping[str, Json]) -> Json:
+        raise CommandError("Migrate recover can only be run when postcopy is paused.")
+
     async def _set_capabilities(self, arguments: Mapping[str, Json]) -> Json:
-        if self._status.now in IN_PROGRESS:
-            raise CommandError("There's a migration process in progress")
+        self._check_idle()
         return await self._monitor.handlers["migrate-set-capabilities"](dict(arguments))
+
+    async def _set_capability(self, arguments: Mapping[str, Json]) -> Json:
+        return await self._set_capabilities({"capabilities": [arguments]})
 
     async def _start_postcopy(self, _: Mapping[str, Json]) -> Json:
         if not self._monitor.settings.on("postcopy-ram"):
@@ -148,25 +192,45 @@ class SourceCommands:
         self._migration.start_postcopy()
         return None
 
+    async def _continue(self, arguments: Mapping[str, Json]) -> Json:
+        if arguments["state"] != self._status.now:
+            raise CommandError(f"Migration not in expected state: {self._status.now}")
+        if self._migration and self._status.now is M.PRE_SWITCHOVER:
+            self._migration.proceed()
+        return None
+
+    async def _pause(self, _: Mapping[str, Json]) -> Json:
+        if self._migration is None or self._status.now not in PAUSABLE:
+            raise CommandError(
+                "migrate-pause is currently only supported during postcopy-active or"
+                " postcopy-recover state"
+            )
+        if not self._migration.pausable:
+            raise CommandError("The guest is being handed over; pause in a moment")
+        self._migration.pause()
+        return None
+
     async def _cancel(self, _: Mapping[str, Json]) -> Json:
         if self._status.now in POSTCOPY:
             raise CommandError("Postcopy migration in progress, cannot cancel.")
-        if self._migration and self._status.may(M.CANCELLING):
-            if not self._migration.cancellable:
-                raise CommandError(
-                    "The guest is being handed over, cannot cancel any more"
-                )
-            self._status.set(M.CANCELLING)
-            self._migration.cancel()
+        if self._status.may(M.CANCELLING) and not self._let_go():
+            raise CommandError("The guest is being handed over, cannot cancel any more")
         return None
+
+    def _let_go(self) -> bool:
+        """Begin to take the guest back, if it is still ours."""
+        if self._migration is None or not self._status.may(M.CANCELLING):
+            return False
+        if not self._migration.cancellable:
+            return False
+        self._status.set(M.CANCELLING)
+        self._migration.cancel()
+        return True
 
     async def give_up(self) -> None:
         """The daemon ends: a guest that is still ours goes on where it is."""
-        if not self._migration or not self._status.may(M.CANCELLING):
-            return
-        if self._migration.cancellable:
-            self._status.set(M.CANCELLING)
-            self._migration.cancel()
+        self._let_go()
+        if self._migration and self._status.now is M.CANCELLING:
             with trio.move_on_after(GIVE_UP_SECONDS):
                 await self._migration.over.wait()
 
@@ -174,10 +238,3 @@ class SourceCommands:
         if self._migration is None:
             return {}
         return migration_info(self._migration, time.monotonic())
-
-
-def _address(arguments: Mapping[str, Json]) -> address.Address:
-    try:
-        return address.of_arguments(arguments)
-    except address.AddressError as error:
-        raise CommandError(str(error)) from None

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from common.address import Exec, File
 from common.channel import Channel, connect
-from common.errors import ChannelLost, GuestError, MigrationError, cause_of
+from common.errors import ChannelLost, GuestError, HostError, MigrationError, cause_of
 from common.guest.base import GuestState
 from common.status import MigrationStatus as M
 from common.stream import command, section
@@ -94,6 +93,10 @@ class OutgoingMigration:
         self._was_running = False  # when it was stopped for the switchover
         self._postcopy_asked = False
         self._cancel_asked = False
+        self._why_paused: ChannelLost | None = None
+        self._continued = trio.Event()
+        self.opened = trio.Event()
+        """Connected, or over before that."""
         self._scope = trio.CancelScope()
         self.over = trio.Event()
 
@@ -132,6 +135,26 @@ class OutgoingMigration:
             if channel:
                 channel.shutdown()
 
+    def proceed(self) -> None:
+        """Let go what `pause-before-switchover` holds."""
+        self._continued.set()
+
+    @property
+    def pausable(self) -> bool:
+        """Not while the guest is being handed over: COMMIT must not be lost."""
+        return bool(self.times.handed_over)
+
+    def pause(self) -> None:
+        """Break the connection of a postcopy; only while `pausable`."""
+        self._why_paused = ChannelLost("Postcopy migration is paused by the user")
+        for channel in (self._connected, self._preempt):
+            if channel:
+                channel.break_connection()
+
+    async def resume(self, address: Address) -> None:
+        """Begin to recover a paused postcopy; HostError if that is not possible."""
+        raise HostError(f"cannot resume at {address}: recovery is not implemented")
+
     def apply_limits(self) -> None:
         """Bandwidth parameters have changed, or the phase has."""
         precopy = self._owner is Owner.SOURCE
@@ -158,11 +181,13 @@ class OutgoingMigration:
             await (self._cancelled() if self._cancel_asked else self._failed(cause))
         finally:
             self._release()
+            self.opened.set()
             self.over.set()
 
     async def _migrate(self, address: Address) -> None:
         self._connected = await connect(address, "main")
-        self._return_path = not isinstance(address, File | Exec)
+        self._return_path = bool(self._main.native.is_socket)
+        self.opened.set()
         if self._preempt_early:
             # QEMU 7 reads nothing from main before it has both, and tells them
             # apart by their order.
@@ -260,11 +285,18 @@ class OutgoingMigration:
         self._run_state("finish-migrate")
         if self._was_running:
             self._emit("STOP", None)
+        await self._hold()
         self.status.set(M.DEVICE)
         self.times.mark("stop")
         self.tracking.sync()
         self.times.mark("sync")
         self._next_pass()
+
+    async def _hold(self) -> None:
+        """The operator wants to do something while the guest stands still."""
+        if self.settings.on("pause-before-switchover"):
+            self.status.set(M.PRE_SWITCHOVER)
+            await self._continued.wait()
 
     async def _save(self) -> sections.DeviceState:
         run_state = "running" if self._was_running else "paused"
@@ -358,7 +390,7 @@ class OutgoingMigration:
 
     async def _failed(self, error: MigrationError) -> None:
         log.warning("migration failed: %s", error)
-        self.error = error
+        self.error, self._why_paused = self._why_paused or error, None
         if self.status.now is M.POSTCOPY_ACTIVE:
             self.status.set(M.POSTCOPY_PAUSED)
             return

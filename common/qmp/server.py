@@ -7,17 +7,21 @@ condition. In-band commands of all clients take turns, one at a time.
 
 A client cannot hurt the daemon or its neighbours: one that does not read stops
 being read from, and is dropped when events pile up; one that vanishes takes
-its queue with it. Only the command being executed is always finished.
+its queue with it. Only the command being executed is always finished. What a
+client sends is parsed piece by piece, and never further than its queue has
+room: nobody waits for the nonsense of another, and it takes no memory.
 """
 
 from __future__ import annotations
 
+import array
 import errno
 import logging
 import os
 import socket
 import stat
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from select import POLLHUP, poll
@@ -27,7 +31,8 @@ import trio
 
 from common.qmp import schema, session
 from common.qmp.message import Json
-from common.qmp.session import NEGOTIATE, Call, CommandError, Session
+from common.qmp.session import NEGOTIATE, QUEUE_LIMIT, Call, CommandError, Session
+from common.qmp.turns import Share, Turns
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,11 +42,17 @@ if TYPE_CHECKING:
 Handler: TypeAlias = Callable[[dict[str, Json]], Awaitable[Json]]
 
 SOCKET_MODE: Final = 0o660
-RECEIVE_BYTES: Final = 65536
+BACKLOG: Final = 1024
+RECEIVE_BYTES: Final = 16384
+# What is parsed at a time: the worst that can be sent takes 7 us a byte.
+PIECE_BYTES: Final = 128
+PARSE_SECONDS: Final = 0.001
+# Descriptors of one client that no getfd has asked for yet.
+MAX_DESCRIPTORS: Final = QUEUE_LIMIT
 # Unsent bytes of one client: above the first nothing more is executed for it,
 # above the second it is dropped. Only events can get it from one to the other.
-UNSENT_PAUSE: Final = 1 << 20
-UNSENT_LIMIT: Final = 4 << 20
+UNSENT_PAUSE: Final = 1 << 17
+UNSENT_LIMIT: Final = 1 << 20
 # How long the end of the server waits for clients to take their last replies.
 FLUSH_SECONDS: Final = 1.0
 
@@ -53,7 +64,8 @@ class QmpServer:
 
     A handler gets the checked arguments and returns the result, None for none;
     it may raise CommandError. `query-version`, `query-commands` and
-    `query-qmp-schema` are answered here.
+    `query-qmp-schema` are answered here. `group` may connect to sockets that
+    `listen` makes, besides their owner.
     """
 
     def __init__(
@@ -62,6 +74,7 @@ class QmpServer:
         *,
         version: tuple[int, int, int] = (10, 0, 2),
         package: str = "",
+        group: int | None = None,
         described_by: schema.Schema | None = None,
     ) -> None:
         self._schema = described_by or schema.load()
@@ -77,7 +90,10 @@ class QmpServer:
             "qemu": {"major": major, "minor": minor, "micro": micro},
             "package": package,
         }
-        self.turn = trio.StrictFIFOLock()
+        self._group = group
+        self.parsing = Turns()
+        self.executing = Turns()
+        self.in_turn: _Connection | None = None  # whose command is executed
         self._connections: set[_Connection] = set()
         self._accepting: set[trio.CancelScope] = set()
         self._closing = False
@@ -97,7 +113,7 @@ class QmpServer:
         somebody does, or if the path cannot be bound.
         """
         with ExitStack() as file:
-            sock = file.enter_context(_bound_socket(os.fspath(path)))
+            sock = file.enter_context(_bound_socket(os.fspath(path), self._group))
             async with trio.open_nursery() as connections:
                 await self._accept(sock, connections, task_status)
                 file.close()  # already while the last replies go out
@@ -157,6 +173,12 @@ class QmpServer:
         line = session.event(name, data, time.time_ns())
         for connection in tuple(self._connections):
             connection.announce(line)
+
+    def take_descriptor(self) -> int | None:
+        """The oldest descriptor that came with the requests of the client whose
+        in-band command is being executed; the handler's to close.
+        """
+        return self.in_turn.take_descriptor() if self.in_turn else None
 
     def close(self) -> None:
         """Begin the end: no new clients, no further requests.
@@ -223,6 +245,9 @@ class _Connection:
         self._stream = stream
         self._session = Session(server.commands)
         self._changed = trio.lowlevel.ParkingLot()
+        self._parsed, self._executed = Share(), Share()
+        self._received = b""  # and not parsed yet
+        self._descriptors: deque[int] = deque()
         self._unsent: list[bytes] = []
         self._unsent_bytes = 0  # of the list, and of what is being sent
         self._end_of_input = False
@@ -235,12 +260,16 @@ class _Connection:
     async def run(self) -> None:
         """Greet, serve, and return when all is said."""
         self._put(session.greeting(self._server.version))
-        async with trio.open_nursery() as writing:
-            writing.start_soon(self._write)
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._read)
-                nursery.start_soon(self._execute)
-            self._finish()
+        try:
+            async with trio.open_nursery() as writing:
+                writing.start_soon(self._write)
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._read)
+                    nursery.start_soon(self._execute)
+                self._finish()
+        finally:
+            while (fd := self.take_descriptor()) is not None:
+                os.close(fd)
         _discard_input(self._stream)
 
     def announce(self, line: bytes) -> None:
@@ -278,13 +307,42 @@ class _Connection:
         if self._end_of_input or not self._session.wants_data:
             await self._changed.park()
             return
-        try:
-            data = await self._stream.receive_some(RECEIVE_BYTES)
-        except trio.BrokenResourceError:
-            data = b""
-        self._session.feed(data)
-        self._end_of_input = not data
+        if not self._received:
+            self._received = await self._receive()
+            self._end_of_input = not self._received
+        if self._received:
+            async with self._server.parsing.turn(self._parsed):
+                self._parse()
         self._changed.unpark_all()
+
+    def _parse(self) -> None:
+        """What fits into the queue, and into a moment."""
+        data, at = self._received, 0
+        end = time.monotonic() + PARSE_SECONDS
+        while at < len(data) and self._session.wants_data and time.monotonic() < end:
+            self._session.feed(data[at : at + PIECE_BYTES])
+            at += PIECE_BYTES
+        self._received = data[at:]
+
+    async def _receive(self) -> bytes:
+        """Bytes, nothing at the end; keeps the descriptors that came with them."""
+        room = socket.CMSG_SPACE(MAX_DESCRIPTORS * _INT_BYTES)
+        try:
+            data, ancillary, _, _ = await self._stream.socket.recvmsg(
+                RECEIVE_BYTES, room, socket.MSG_CMSG_CLOEXEC
+            )
+        except OSError:
+            return b""
+        for level, kind, content in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                whole = len(content) - len(content) % _INT_BYTES
+                self._descriptors.extend(array.array("i", content[:whole]))
+        while len(self._descriptors) > MAX_DESCRIPTORS:
+            os.close(self._descriptors.popleft())
+        return data
+
+    def take_descriptor(self) -> int | None:
+        return self._descriptors.popleft() if self._descriptors else None
 
     @property
     def _over(self) -> bool:
@@ -300,10 +358,11 @@ class _Connection:
             await self._until(self._may_answer)
             if self._over:
                 return
-            async with self._server.turn:
+            async with self._server.executing.turn(self._executed):
                 step = None if self._gone() else self._session.in_band()
                 if step is None:
                     return
+                self._server.in_turn = self
                 await self._answer(step)
             self._session.finish()
             self._changed.unpark_all()
@@ -395,24 +454,41 @@ def _discard_input(stream: trio.SocketStream) -> None:
         raw.recv(1 << 20)
 
 
+_INT_BYTES: Final = array.array("i").itemsize
+
+
 # --- the socket in the file system -------------------------------------------
 
 
 @contextmanager
-def _bound_socket(path: str) -> Iterator[socket.socket]:
+def _bound_socket(path: str, group: int | None) -> Iterator[socket.socket]:
     """A listening socket at `path`, which is removed again if it is still ours."""
+    _check_folder(os.path.dirname(path) or ".")
     _remove_stale(path)
     with socket.socket(socket.AF_UNIX) as sock:
         sock.bind(path)
         identity = _identity(path)
         try:
             # Nobody can connect before listen, so the mode is never too wide.
+            if group is not None:
+                os.chown(path, -1, group)
             os.chmod(path, SOCKET_MODE)
-            sock.listen()
+            sock.listen(BACKLOG)
             yield sock
         finally:
             if _identity(path) == identity:
                 os.unlink(path)
+
+
+def _check_folder(folder: str) -> None:
+    """Whoever may write to the folder may put a socket of theirs in our place."""
+    mode = os.stat(folder).st_mode
+    if not mode & stat.S_IWOTH:
+        return
+    if not mode & stat.S_ISVTX:
+        reason = "Everybody may replace a control socket there; chmod o-w"
+        raise PermissionError(errno.EPERM, reason, folder)
+    log.warning("everybody may write to %s; keep control sockets elsewhere", folder)
 
 
 def _identity(path: str) -> tuple[int, int] | None:

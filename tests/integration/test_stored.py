@@ -91,7 +91,8 @@ def test_command_is_not_there(private_dir: Path) -> None:
     nothing = exec_channel("/nothing", "here")
     said = "Could not run '/nothing': No such file or directory"
     with source(private_dir) as srcd, destination(private_dir) as dstd:
-        srcd.execute("migrate", channels=nothing)
+        with pytest.raises(CommandFailed, match=said):
+            srcd.execute("migrate", channels=nothing)
         assert srcd.wait_status("completed", "failed") == "failed"
         assert said in srcd.query()["error-desc"]
         with pytest.raises(CommandFailed, match=said):

@@ -41,11 +41,15 @@ def test_supported(name: str) -> None:
     assert settings.on(name)
 
 
+# QEMU refuses these alone, in words of its own.
+NEED_OTHERS = {"switchover-ack", "zero-copy-send", "dirty-limit"}
+
+
 def test_unsupported() -> None:
     settings = Settings()
     for item in settings.capabilities():
         name = str(item["capability"])
-        if name not in {*SUPPORTED, "switchover-ack"}:
+        if name not in {*SUPPORTED, *NEED_OTHERS}:
             assert refusal(settings, name) == f"Capability '{name}' is not supported"
 
 
@@ -59,6 +63,26 @@ def test_unsupported() -> None:
         (
             ("postcopy-ram", "multifd"),
             "Postcopy is not yet compatible with multifd",
+        ),
+        (
+            ("background-snapshot", "xbzrle"),
+            "Background-snapshot is not compatible with xbzrle",
+        ),
+        (
+            ("background-snapshot", "zero-copy-send"),
+            "Background-snapshot is not compatible with zero-copy-send",
+        ),
+        (
+            ("zero-copy-send",),
+            "Zero copy only available for non-compressed non-TLS multifd migration",
+        ),
+        (
+            ("zero-copy-send", "multifd", "xbzrle"),
+            "Zero copy only available for non-compressed non-TLS multifd migration",
+        ),
+        (
+            ("dirty-limit",),
+            "dirty-limit requires KVM with accelerator property 'dirty-ring-size' set",
         ),
         (("postcopy-preempt",), "Postcopy preempt requires postcopy-ram"),
         (

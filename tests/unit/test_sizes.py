@@ -55,3 +55,9 @@ def test_not_a_size(text: str) -> None:
 def test_any_text(text: str) -> None:
     with suppress(ValueError):
         assert 0 <= sizes.parse(text) <= sizes.MAX_SIZE
+
+
+@pytest.mark.parametrize("text", ["-1", "-1k", "16E", "18446744073709551616"])
+def test_out_of_range(text: str) -> None:
+    with pytest.raises(sizes.OutOfRange):
+        sizes.parse(text)

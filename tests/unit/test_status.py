@@ -41,6 +41,7 @@ WALKS = {
         "setup cancelling cancelled setup active failed",
         "setup active pre-switchover device postcopy-active completed",
         "setup active pre-switchover cancelling cancelled",
+        "setup active pre-switchover failed",
         "setup active cancelling cancelled",
         "setup active device cancelling cancelled",
         "setup active device failed",
