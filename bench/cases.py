@@ -76,9 +76,9 @@ CASES: Final = (
     Case(name="huge-preempt", page_size=2 * MIB),
     Case(name="huge", page_size=2 * MIB, preempt=False),
     # Little of it comes unasked, so that nearly all is faulted in.
-    Case(name="faults-1", vcpus=1, contenders=ALL, **FAULTS),
-    Case(name="faults-4", vcpus=4, contenders=ALL, **FAULTS),
-    Case(name="faults-8", vcpus=8, contenders=ALL, **FAULTS),
+    Case(name="faults-1", vcpus=1, **FAULTS),
+    Case(name="faults-4", vcpus=4, **FAULTS),
+    Case(name="faults-8", vcpus=8, **FAULTS),
     Case(name="4GiB", memory=4 * GIB, used=3 * GIB),
     Case(name="12GiB", memory=12 * GIB, used=8 * GIB, contenders=OURS),
     Case(name="untouched-12GiB", memory=12 * GIB, contenders=OURS, **EMPTY),

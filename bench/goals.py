@@ -73,6 +73,8 @@ GOALS: Final = (
     # 2: the same when it is limited, or the link is slow and hides it
     _most(2, "limited-preempt", "p50", 1 / 2, QEMU),
     _most(2, "limited-preempt", "p99", EIGHTH, QEMU),
+    _most(2, "limited", "p50", 1 / 2, QEMU),
+    _most(2, "limited", "p99", EIGHTH, QEMU),
     _most(2, "slow-preempt", "p50", 3, "round-trip"),
     _most(2, "slow", "p50", 3, "round-trip"),
     # 3: throughput, and what it costs

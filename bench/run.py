@@ -18,7 +18,7 @@ import platform
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -61,8 +61,9 @@ def main() -> int:
         print(f"The machine is busy, load {load:.1f}: figures will be too high.")
     for name in sorted({by_name(case).link for case in wanted.only} & LINKS.keys()):
         results.round_trips[name] = LINKS[name].round_trip()
-    for number, case, contender in plan(wanted):
-        one(results, case, contender, number)
+    with suppress(KeyboardInterrupt):  # what there is by then is told
+        for number, case, contender in plan(wanted):
+            one(results, case, contender, number)
     write(results)
     return 1 if results.errors or not results.figures else 0
 
