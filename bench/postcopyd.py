@@ -29,7 +29,9 @@ def run(case: Case, directory: Path, link: Link | None = None) -> Figures:
     with ExitStack() as stack:
         enter = stack.enter_context
         src = enter(Source(directory, *options(case), "--append", guest.line(case)))
-        dst = enter(Destination(directory, *options(case)))
+        # Nothing is given to zeroes, but what is free beforehand looks too little.
+        more = ["--overcommit"] if case.zeroed else []
+        dst = enter(Destination(directory, *options(case), *more))
         ram = [enter(GuestMemory.of_process(s.process.pid)) for s in (src, dst)]
         ram[0].wait_filled()
         if case.zeroed:
