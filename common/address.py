@@ -161,6 +161,8 @@ def _tcp(rest: str) -> Tcp:
         raise AddressError(f"error parsing address '{rest}'")
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
+    elif host.startswith("["):
+        raise AddressError(f"error parsing IPv6 address '{rest}'")
     elif ":" in host:
         raise AddressError(f"error parsing address '{rest}'")
     given: dict[str, Json] = {}
@@ -232,9 +234,9 @@ def _fd(name: str) -> Fd:
 
 
 def _file(rest: str) -> File:
-    path, _, offset = rest.partition(",offset=")
+    path, given, offset = rest.partition(",offset=")
     try:
-        return _checked_file(path, sizes.parse(offset) if offset else 0)
+        return _checked_file(path, sizes.parse(offset) if given else 0)
     except ValueError:
         raise AddressError(
             f"file URI has bad offset {offset}: Invalid argument"

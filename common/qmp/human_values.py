@@ -68,7 +68,7 @@ def _number(found: Integer, name: str, text: str) -> int:
         raise CommandError(found.not_integer.format(name))
     value = int(number[2], 16 if number[2][:2] in ("0x", "0X") else 10)
     if number[1]:
-        raise CommandError(found.out_of_range.format(name))
+        raise CommandError(found.out_of_range.format(name, name))
     found.check(value, name)
     return value
 

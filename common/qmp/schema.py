@@ -81,7 +81,8 @@ class Integer:
 
     low: int
     high: int
-    not_integer: str  # the two error texts, with a place for the path
+    # The error texts, with a place for the path and one for its last name.
+    not_integer: str
     out_of_range: str
 
     @property
@@ -92,7 +93,8 @@ class Integer:
         if not isinstance(value, int) or isinstance(value, bool):
             raise CommandError(self.not_integer.format(path))
         if not self.low <= value <= self.high:
-            raise CommandError(self.out_of_range.format(path))
+            name = path.rpartition(".")[2]
+            raise CommandError(self.out_of_range.format(path, name))
 
     def entity(self, name_of: Callable[[Type], str]) -> Mapping[str, Json]:
         return {"meta-type": "builtin", "json-type": "int"}
@@ -275,9 +277,9 @@ BUILTIN: Final[Mapping[str, Type]] = {
     "null": Builtin("null", "null", (type(None),)),
     "any": AnyValue(),
     "int": Integer(-(2**63), 2**63 - 1, _SIGNED, _SIGNED),
-    "uint8": Integer(0, 2**8 - 1, _UNSIGNED, "Parameter '{}' expects uint8_t"),
-    "uint16": Integer(0, 2**16 - 1, _UNSIGNED, "Parameter '{}' expects uint16_t"),
-    "uint32": Integer(0, 2**32 - 1, _UNSIGNED, "Parameter '{}' expects uint32_t"),
+    "uint8": Integer(0, 2**8 - 1, _UNSIGNED, "Parameter '{1}' expects uint8_t"),
+    "uint16": Integer(0, 2**16 - 1, _UNSIGNED, "Parameter '{1}' expects uint16_t"),
+    "uint32": Integer(0, 2**32 - 1, _UNSIGNED, "Parameter '{1}' expects uint32_t"),
     "uint64": Integer(0, 2**64 - 1, _UNSIGNED, _UNSIGNED),
     "size": Integer(0, 2**64 - 1, _UNSIGNED, _UNSIGNED),
 }

@@ -207,11 +207,6 @@ class Session:
                 f"Expecting capabilities negotiation with '{NEGOTIATE}'",
                 "CommandNotFound",
             )
-        if self.negotiated and name == NEGOTIATE:
-            raise CommandError(
-                "Capabilities negotiation is already complete, command ignored",
-                "CommandNotFound",
-            )
         if name not in self._commands:
             raise CommandError(
                 f"The command {name} has not been found", "CommandNotFound"
@@ -219,6 +214,11 @@ class Session:
         return self._commands[name]
 
     def _negotiate(self, arguments: Mapping[str, Json]) -> None:
+        if self.negotiated:
+            raise CommandError(
+                "Capabilities negotiation is already complete, command ignored",
+                "CommandNotFound",
+            )
         enable = arguments.get("enable", ())
         self.oob = isinstance(enable, list) and "oob" in enable
         self.negotiated = True

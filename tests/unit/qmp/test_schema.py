@@ -123,7 +123,7 @@ CASES = [
         wrong("channels[0].addr.port", "string"),
     ),
     ("migrate", channel(**INET, path="x"), unexpected("channels[0].addr.path")),
-    ("migrate", channel(**INET, to=65536), expects("channels[0].addr.to", "uint16_t")),
+    ("migrate", channel(**INET, to=65536), expects("to", "uint16_t")),
     (
         "migrate",
         channel(transport="file", filename="f"),

@@ -111,7 +111,7 @@ REQUESTS = {
     b'{"execute":"query-status"}': error(
         "The command query-status has not been found", "CommandNotFound"
     ),
-    b'{"execute":"qmp_capabilities","arguments":{"x":1}}': error(
+    b'{"execute":"qmp_capabilities"}': error(
         "Capabilities negotiation is already complete, command ignored",
         "CommandNotFound",
     ),
