@@ -183,7 +183,6 @@ OTHERS = [
     *calls("getfd", {}, {"fdname": 1}, {"fdname": "x"}, {"fdname": "1"},
            {"fdname": "x", "x": 1}),
     *calls("closefd", {}, {"fdname": None}, {"fdname": "nope"}),
-    *calls("system_reset", {"x": 1}),
 ]  # fmt: skip
 
 EXCHANGES = [*MIGRATE, *MIGRATE_INCOMING, *OTHERS]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from support.scenarios import (
-    DEAF,
     LISTEN,
     Connect,
     End,
@@ -17,6 +16,11 @@ from support.scenarios import (
 NOBODY = "unix:/nowhere"
 EVENTS = capabilities(events=True)
 START_POSTCOPY = ask("migrate-start-postcopy")
+# At 4 KiB a second precopy has no end.
+SLOWLY = (
+    ask("migrate-set-parameters", max_bandwidth=4096),
+    ask("migrate", uri="exec:cat > /dev/null"),
+)
 # More than enough for what a destination reads before it gives up.
 GARBAGE = b"this is no migration stream" * 10
 
@@ -52,27 +56,27 @@ SOURCE = [
            ask("query-status"), ask("migrate", uri="fd:999")),
     source("a file in no folder", ask("migrate", uri="file:/nowhere/x"),
            ask("query-migrate"), ask("query-status")),
-    source("active", ask("migrate", uri=DEAF), status("active"), *PROBES,
+    source("active", *SLOWLY, status("active"), *PROBES,
            START_POSTCOPY, ask("migrate", uri=NOBODY), capabilities(),
            capabilities(postcopy_ram=True), ask("migrate-continue", state="active"),
            look("query-migrate"), ask("migrate_cancel"), status("cancelled"),
            ask("query-status"), ask("migrate_cancel"), capabilities(events=True),
            ask("migrate-continue", state="cancelled")),
-    source("stopped and continued while active", ask("migrate", uri=DEAF),
+    source("stopped and continued while active", *SLOWLY,
            status("active"), ask("stop"), ask("query-status"), ask("cont"),
            ask("query-status"), ask("migrate_cancel"), status("cancelled"),
            ask("query-status")),
     source("cancelled while the guest was stopped", ask("stop"),
-           ask("migrate", uri=DEAF), status("active"), ask("migrate_cancel"),
+           *SLOWLY, status("active"), ask("migrate_cancel"),
            status("cancelled"), ask("query-status"), ask("cont"), ask("query-status")),
-    source("again after it was cancelled", ask("migrate", uri=DEAF), status("active"),
+    source("again after it was cancelled", *SLOWLY, status("active"),
            ask("migrate_cancel"), status("cancelled"), ask("migrate", uri=NOBODY),
            status("failed"), ask("query-migrate")),
     source("completed", ask("migrate", uri="exec:cat > /dev/null"),
-           status("completed"), look("query-migrate"), *PROBES, ask("stop"),
+           status("completed"), look("query-migrate"), *PROBES[1:], ask("stop"),
            ask("query-status"), ask("migrate_cancel"), START_POSTCOPY,
            ask("migrate", uri=NOBODY), ask("migrate-continue", state="completed"),
-           capabilities(return_path=True)),
+           capabilities(return_path=True), ask("cont")),
     source("held before the switchover", capabilities(pause_before_switchover=True),
            ask("migrate", uri="exec:cat > /dev/null"), status("pre-switchover"),
            *PROBES[:4], ask("migrate", uri=NOBODY), capabilities(),
@@ -96,15 +100,15 @@ SOURCE = [
 ]  # fmt: skip
 
 DESTINATION = [
-    destination("listening", ask("migrate-incoming", uri=LISTEN), ask("query-migrate"),
+    destination("listening", ask("migrate-incoming", uri=LISTEN), look("query-migrate"),
                 *PROBES, ask("migrate-incoming", uri=LISTEN), START_POSTCOPY,
                 ask("migrate", uri=NOBODY), ask("migrate_cancel"),
                 ask("migrate-continue", state="setup"),
                 capabilities(postcopy_ram=True, postcopy_preempt=True),
                 capabilities(multifd=True), capabilities(return_path=True), ask("stop"),
-                ask("query-status"), ask("cont"), ask("query-migrate")),
-    destination("listening, TCP", ask("migrate-incoming", uri="tcp:127.0.0.1:41417"),
-                ask("query-migrate"), ask("query-status")),
+                ask("query-status"), ask("cont"), look("query-migrate")),
+    destination("listening, TCP", ask("migrate-incoming", uri="tcp:127.0.0.1:0"),
+                look("query-migrate"), ask("query-status")),
     destination("no folder to listen in",
                 ask("migrate-incoming", uri="unix:/nowhere/x")),
     destination("too long a path",
@@ -126,8 +130,9 @@ DESTINATION = [
                 Connect(b"\0"), status("failed"), look("query-migrate")),
     destination("garbage ends the process", ask("migrate-incoming", uri=LISTEN),
                 Connect(GARBAGE), End()),
-    destination("a command that says nothing",
-                ask("migrate-incoming", uri="exec:true", exit_on_error=False),
+    destination("a command that says something else",
+                ask("migrate-incoming", uri="exec:echo " + "no stream " * 20,
+                    exit_on_error=False),
                 status("failed"), look("query-migrate")),
     destination("quit", ask("quit"), End()),
     destination("quit while listening", ask("migrate-incoming", uri=LISTEN),

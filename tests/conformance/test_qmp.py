@@ -113,8 +113,8 @@ def test_they_say_the_same(partners, end: str, exchange: Exchange) -> None:
 
 
 def test_there_are_enough() -> None:
-    names = [exchange.name for exchange in EXCHANGES]
-    assert len(names) > 1000
+    names = [(end, exchange.name) for exchange in EXCHANGES for end in exchange.ends]
+    assert len(names) > 2000
     assert len(set(names)) == len(names)
 
 

@@ -90,7 +90,7 @@ def calls(command: str, *arguments: Any, **options: Any) -> list[Exchange]:
 
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=True)
-    return text if len(text) <= 120 else f"{text[:100]}... {len(text)} characters"
+    return text if len(text) <= 300 else f"{text[:100]}... {len(text)} characters"
 
 
 def replies(said: bytes) -> list[Any]:
