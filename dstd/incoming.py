@@ -114,6 +114,9 @@ class IncomingMigration:
         self._loaded = False  # PONG 3 has left: the source may give the guest up
         self._running = trio.Event()
         self._link: Connection | None = None
+        self._preparation = trio.CancelScope()
+        self._prepared = trio.Event()
+        self._prepared.set()
 
     # -- listening
 
@@ -231,6 +234,8 @@ class IncomingMigration:
                 link.loader.advise()
             case command.SwitchoverStart():
                 pass
+            case command.Layout() if link.peer.is_srcd:
+                self.memory.expect_untrusted(found)
             case _:
                 raise StreamError("command that does not belong here", got=found)
 
@@ -269,6 +274,11 @@ class IncomingMigration:
                     found = await link.peer.command()
                     if isinstance(found, command.Packaged):
                         await self._package(link, found.size, nursery)
+                    elif found == command.Ping(c.PING_PREPARED):
+                        nursery.start_soon(self._prepare, link.peer)
+                    elif found == command.Ping(c.PING_SETUP):
+                        await self._end_preparation()
+                        await self._command(link, found)
                     else:
                         await self._command(link, found)
                 case c.QEMU_VM_SECTION_FULL if self._devices.opaque and (
@@ -294,6 +304,20 @@ class IncomingMigration:
             if await link.peer.next_kind() == c.QEMU_VM_VMDESCRIPTION:
                 await link.main.decode(vmdesc.read_untrusted)
         await self._arrive(link)
+
+    async def _prepare(self, peer: Peer) -> None:
+        """Memory for what will come; the source goes on with precopy meanwhile."""
+        self._preparation = trio.CancelScope()
+        self._prepared = trio.Event()
+        with self._preparation:
+            await self.memory.prepare()
+        self._prepared.set()
+        await peer.say(returnpath.Pong(c.PING_PREPARED))
+
+    async def _end_preparation(self) -> None:
+        """The guest is about to stop; it must not wait for memory."""
+        self._preparation.cancel()
+        await self._prepared.wait()
 
     # -- precopy ends
 
@@ -331,6 +355,7 @@ class IncomingMigration:
         if not package.listen or not package.run:
             raise StreamError("a package without LISTEN first and RUN last")
         await self._preempt_needed(link)
+        await self._end_preparation()
         if link.loader.discards:
             self.postcopy.set(P.DISCARD)
         self._devices.package_untrusted(package)

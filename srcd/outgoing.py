@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 
 # When a channel breaks, how long the peer's own words may take to be read.
 LAST_WORDS_SECONDS: Final = 2.0
+# How long postcopy waits for dstd to allocate memory; the guest runs meanwhile.
+PREPARATION_SECONDS: Final = 0.3
 
 
 class Owner(Enum):
@@ -92,6 +94,7 @@ class OutgoingMigration:
         self._owner = Owner.SOURCE
         self._was_running = False  # when it was stopped for the switchover
         self._postcopy_asked = False
+        self._prepares = False  # dstd allocates memory ahead
         self._cancel_asked = False
         self._why_paused: ChannelLost | None = None
         self._continued = trio.Event()
@@ -234,9 +237,16 @@ class OutgoingMigration:
         if self._return_path:
             await self.peer.caught_up(self._main)
         self.tracking.start()
+        if self.peer.is_dstd:
+            await self._tell_layout()
         self.times.active = time.monotonic()
         self._next_pass()
         self.status.set(M.ACTIVE)
+
+    async def _tell_layout(self) -> None:
+        layout, self._prepares = await self.pump.layout()
+        prepare = command.encode(command.Ping(c.PING_PREPARED))
+        await self._main.write(layout + (prepare if self._prepares else b""))
 
     @property
     def _advises(self) -> bool:
@@ -339,7 +349,12 @@ class OutgoingMigration:
         if not self._preempt_early:
             # Not before a PONG: else the destination may take it for main.
             await self._connect_preempt(address)
-            await self._check_preempt()
+        if self._prepares:
+            with trio.move_on_after(PREPARATION_SECONDS):
+                await self.peer.pong(c.PING_PREPARED)
+        # The guest must not stand still behind what fills the buffers now.
+        await self.peer.caught_up(self._main)
+        self._check_preempt()
         await self._stop_guest()
         await self._send_package()
         async with trio.open_nursery() as nursery:
@@ -356,12 +371,9 @@ class OutgoingMigration:
         if self.settings.on("postcopy-preempt"):
             self._preempt = await connect(address, "preempt", self._main.stop)
 
-    async def _check_preempt(self) -> None:
+    def _check_preempt(self) -> None:
         """A destination that has the capability off has closed it by now."""
-        if self._preempt is None:
-            return
-        await self.peer.caught_up(self._main)
-        if self._preempt.hung_up():
+        if self._preempt and self._preempt.hung_up():
             raise ChannelLost(
                 "the destination has closed the preempt channel; switch"
                 " postcopy-preempt on on both sides or on neither",

@@ -92,15 +92,18 @@ class Pump:
             return self.dirty_bytes()
         return int(lib.source_owed_pages(self._native)) * PAGE
 
-    async def layout(self) -> bytes:
-        """What RAM looks like, as LAYOUT commands; what is empty is clean then.
+    async def layout(self) -> tuple[bytes, bool]:
+        """What RAM looks like, as LAYOUT commands, and: is any chunk full?
 
-        Only once writes are tracked, and only for who understands them.
+        What is empty is clean then. Only once writes are tracked, and only for
+        who understands the command.
         """
-        return await trio.to_thread.run_sync(self._layout)
+        layouts = await trio.to_thread.run_sync(self._layout)
+        full = any(lib.CHUNK_FULL in layout.kinds for layout in layouts)
+        return b"".join(map(command.encode, layouts)), full
 
-    def _layout(self) -> bytes:
-        commands = []
+    def _layout(self) -> list[command.Layout]:
+        layouts = []
         for i in range(self._ram.native.count):
             block = ffi.addressof(self._ram.native.blocks, i)
             chunks = int(lib.block_chunks(block))
@@ -110,9 +113,8 @@ class Pump:
                 lib.layout_look(block, first, kinds, count)
                 lib.layout_skip_empty(block, first, kinds, count)
                 name = ffi.string(block.idstr).decode()
-                told = command.Layout(name, first, bytes(ffi.buffer(kinds)))
-                commands.append(command.encode(told))
-        return b"".join(commands)
+                layouts.append(command.Layout(name, first, bytes(ffi.buffer(kinds))))
+        return layouts
 
     def owe_dirty(self) -> None:
         """The guest has stopped: what is dirty is owed from now on."""

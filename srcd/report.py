@@ -93,6 +93,7 @@ def _ours(migration: OutgoingMigration) -> Mapping[str, Json]:
     info: dict[str, Json] = {
         "background-pages": int(stats.background_pages),
         "urgent-pages": int(stats.urgent_pages),
+        "neighbour-pages": int(stats.neighbour_pages),
         "urgent-pages-on-preempt": int(stats.urgent_on_preempt),
         "late-requests": int(stats.requests_late),
         "background-waits": int(stats.background_waits),

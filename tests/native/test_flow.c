@@ -230,8 +230,8 @@ static void test_new_connection(void)
     flow_restart(&l.flow);
     CHECK(!flow_answer_untrusted(&l.flow, old, l.now_ns));
     CHECK_EQ(flow_turn(&l.flow, l.now_ns), FLOW_PROBE);
-    CHECK(flow_answer_untrusted(
-        &l.flow, flow_probe(&l.flow, l.now_ns) & 0xffff, l.now_ns + MS));
+    CHECK(flow_answer_untrusted(&l.flow, flow_probe(&l.flow, l.now_ns) & 0xffff,
+                                l.now_ns + MS));
     CHECK_EQ(flow_base_ns(&l.flow), MS);
     flow_close(&l.flow);
 }

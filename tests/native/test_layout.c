@@ -86,9 +86,10 @@ static void test_small_block(void)
 
 static void test_skip_empty(void)
 {
-    static const uint8_t kinds[CHUNKS] = { CHUNK_EMPTY, CHUNK_FULL,
-                                           CHUNK_EMPTY, CHUNK_MIXED,
-                                           CHUNK_FULL,  CHUNK_EMPTY };
+    static const uint8_t kinds[CHUNKS] = {
+        CHUNK_EMPTY, CHUNK_FULL, CHUNK_EMPTY,
+        CHUNK_MIXED, CHUNK_FULL, CHUNK_EMPTY
+    };
     struct guest g;
     struct ram_block *b;
 

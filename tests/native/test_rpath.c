@@ -108,6 +108,62 @@ static void serve(bool preempt)
     fixture_close(&f);
 }
 
+/* The line is known to carry 16 pages in no time. */
+static void know_fast_line(struct source *s)
+{
+    uint32_t number = flow_probe(&s->flow, clock_ns());
+
+    NEED(flow_answer_untrusted(&s->flow, number, clock_ns()));
+    s->flow.window = MIB;
+}
+
+/* Requests that come close together bring what lies behind the second one. */
+static void test_neighbours(void)
+{
+    struct fixture f;
+    struct rp_message m;
+    struct script s = { 0 };
+
+    fixture_open(&f, true);
+    know_fast_line(&f.source);
+    put_request(&s, "ram", 3 * PAGE, PAGE);
+    put_request(&s, NULL, 5 * PAGE, PAGE);
+    put_request(&s, NULL, 9 * PAGE, PAGE);
+    put_word(&s, SHUT, 0);
+    send_script(&s, f.main.peer);
+    CHECK(RESULT_IS_OK(rpath_run(&f.source, &m)));
+    CHECK_EQ(m.type, SHUT);
+    CHECK_EQ(f.source.stats.urgent_pages, 1 + 11);
+    CHECK_EQ(f.source.stats.neighbour_pages, 10);
+    CHECK_EQ(f.source.stats.requests_late, 1);
+    CHECK_EQ(bitmap_next_set(&f.guest.ram.blocks[0].owed, 3), 4);
+    CHECK_EQ(bitmap_next_set(&f.guest.ram.blocks[0].owed, 5), 16);
+    fixture_close(&f);
+}
+
+/* A line of which nothing is known yet, and a shared one, bring none. */
+static void test_no_neighbours(void)
+{
+    for (int shared = 0; shared < 2; shared++) {
+        struct fixture f;
+        struct rp_message m;
+        struct script s = { 0 };
+
+        fixture_open(&f, !shared);
+        if (shared) {
+            know_fast_line(&f.source);
+        }
+        put_request(&s, "ram", 3 * PAGE, PAGE);
+        put_request(&s, NULL, 5 * PAGE, PAGE);
+        put_word(&s, SHUT, 0);
+        send_script(&s, f.main.peer);
+        CHECK(RESULT_IS_OK(rpath_run(&f.source, &m)));
+        CHECK_EQ(f.source.stats.urgent_pages, 2);
+        CHECK_EQ(f.source.stats.neighbour_pages, 0);
+        fixture_close(&f);
+    }
+}
+
 static void test_serve_on_main(void)
 {
     serve(false);
@@ -461,6 +517,8 @@ static void test_requests_of_two_threads(void)
 
 int main(void)
 {
+    RUN(test_neighbours);
+    RUN(test_no_neighbours);
     RUN(test_serve_on_main);
     RUN(test_serve_on_preempt);
     RUN(test_bytes_on_main);

@@ -10,7 +10,7 @@
 
 /* A page's head and its data, the section's head and tail, a mark. */
 #define BATCH_IOVS (2 * BATCH_PAGES + 3)
-#define BATCH_HEADS                                                     \
+#define BATCH_HEADS                                                    \
     (BATCH_PAGES * WIRE_HEADER_MAX + WIRE_PART_HEAD + WIRE_PART_TAIL + \
      WIRE_PING_LENGTH)
 

@@ -99,6 +99,19 @@ uint64_t flow_piece(struct flow *f)
     return flow_window(f) / MARKS_PER_WINDOW;
 }
 
+uint64_t flow_bytes_in(struct flow *f, uint64_t ns)
+{
+    unsigned __int128 bytes = 0;
+
+    pthread_mutex_lock(&f->mutex);
+    if (f->base_ns) {
+        bytes = (unsigned __int128)f->window * ns;
+        bytes /= f->base_ns + FLOW_QUEUE_NS;
+    }
+    pthread_mutex_unlock(&f->mutex);
+    return (uint64_t)bytes;
+}
+
 static uint64_t shortest_recent(const struct flow *f)
 {
     uint64_t shortest = f->recent_ns[0];
@@ -113,8 +126,8 @@ static uint64_t shortest_recent(const struct flow *f)
 
 /*
  * At most to twice or half of what it was, and within the bounds; to twice as
- * long as there is next to no queue. Who sends less than it might learns nothing
- * about more.
+ * long as there is next to no queue. Who sends less than it might learns
+ * nothing about more.
  */
 static uint64_t scaled(const struct flow *f, uint64_t took_ns)
 {

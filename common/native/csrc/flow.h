@@ -13,10 +13,11 @@
  *
  *     window = window * (base + FLOW_QUEUE) / time of an answer
  *
- * and doubled as long as there is next to none. This is the rule of delay-based congestion control (TCP Vegas, FAST TCP). The
- * time is the shortest of the last few: a thread that was not scheduled for a
- * moment is no queue. Since a queue that never drains would pass for the base,
- * everything sent is now and then left to arrive before a mark goes out alone.
+ * and doubled as long as there is next to none. This is the rule of delay-based
+ * congestion control (TCP Vegas, FAST TCP). The time is the shortest of the
+ * last few: a thread that was not scheduled for a moment is no queue. Since a
+ * queue that never drains would pass for the base, everything sent is now and
+ * then left to arrive before a mark goes out alone.
  *
  * One thread sends, one takes the answers.
  */
@@ -76,6 +77,8 @@ bool flow_send(struct flow *f, uint64_t bytes, uint64_t now_ns,
                uint32_t *number);
 /* The number of a mark that is sent by itself. */
 uint32_t flow_probe(struct flow *f, uint64_t now_ns);
+/* How much arrives in so much time; bytes, 0 while nothing is known. */
+uint64_t flow_bytes_in(struct flow *f, uint64_t ns);
 /* How much to send in one piece, so that the window is several of them. */
 uint64_t flow_piece(struct flow *f);
 /*

@@ -69,7 +69,8 @@ static bool has_begun(const struct ram_block *b, uint64_t chunk)
     return bitmap_test(&b->populated, chunk << CHUNK_PAGES_BITS);
 }
 
-/* Without memory or without help from the kernel a chunk just stays as it is. */
+/* Without memory or without help from the kernel a chunk just stays as it is.
+ */
 static void prepare_chunk(struct ram_block *b, uint64_t chunk)
 {
     if (block_is_huge(b) || pages_of(b, chunk) < CHUNK_PAGES ||

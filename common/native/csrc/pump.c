@@ -1,12 +1,10 @@
 #include "pump.h"
 
 #include "turn.h"
+#include "urgent.h"
 
 #include <errno.h>
 #include <poll.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/eventfd.h>
 #include <unistd.h>
 
 /*
@@ -17,81 +15,6 @@
 #define POSTCOPY_UNSENT_MAX (128u * 1024)
 /* A limited stream is cut into pieces of this time. */
 #define SLICES_PER_SECOND 100
-
-struct result source_open(struct source *s, struct ram *ram,
-                          uint32_t section_id)
-{
-    struct result r;
-
-    *s = (struct source){ .ram = ram, .section_id = section_id };
-    flow_open(&s->flow);
-    s->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (s->wake_fd < 0) {
-        return result_errno(RESULT_HOST, "eventfd", errno);
-    }
-    r = batch_open(&s->batch);
-    if (RESULT_IS_OK(r)) {
-        r = batch_open(&s->urgent_batch);
-    }
-    return r;
-}
-
-void source_close(struct source *s)
-{
-    batch_close(&s->batch);
-    batch_close(&s->urgent_batch);
-    flow_close(&s->flow);
-    if (s->wake_fd >= 0) {
-        close(s->wake_fd);
-    }
-    s->wake_fd = -1;
-}
-
-void source_connect(struct source *s, struct channel *main_channel,
-                    struct channel *urgent)
-{
-    s->main = main_channel;
-    s->urgent = urgent;
-    s->asked = NULL;
-    flow_restart(&s->flow);
-    s->cursor_block = 0;
-    s->cursor_page = 0;
-    __atomic_store_n(&s->ended, 0, __ATOMIC_SEQ_CST);
-}
-
-static void wake(struct source *s)
-{
-    uint64_t one = 1;
-
-    /* Full means that it is readable already. */
-    (void)!write(s->wake_fd, &one, sizeof(one));
-}
-
-void source_limit(struct source *s, uint64_t bytes_per_second)
-{
-    limit_set(&s->limit, bytes_per_second);
-    wake(s);
-}
-
-void source_yield(struct source *s, bool yield)
-{
-    __atomic_store_n(&s->yield, yield, __ATOMIC_SEQ_CST);
-    wake(s);
-}
-
-static void add_page(struct source *s, struct batch *batch, struct extent *e,
-                     const struct ram_block *b, uint64_t page)
-{
-    if (batch_add_page(batch, e, b, page)) {
-        STATS_ADD(s->stats.hole_pages, 1);
-    }
-}
-
-static void count_batch(struct source *s, const struct batch *b)
-{
-    STATS_ADD(s->stats.zero_pages, b->zeros);
-    STATS_ADD(s->stats.normal_pages, b->pages - b->zeros);
-}
 
 /* --- background --------------------------------------------------------- */
 
@@ -147,7 +70,7 @@ static struct result write_part(struct source *s, struct batch *b, bool marked)
     }
     r = channel_writev_locked(s->main, b->iov, b->iov_count);
     channel_unlock(s->main);
-    count_batch(s, b);
+    source_count(s, b);
     return r;
 }
 
@@ -180,7 +103,7 @@ static bool fill_precopy(struct source *s, struct batch *batch, uint32_t most)
     batch_begin_part(batch, s->section_id);
     while (batch->pages < most && next_dirty(s, &b, &page)) {
         bitmap_test_and_clear(&b->dirty, page);
-        add_page(s, batch, &s->extent, b, page);
+        source_add_page(s, batch, &s->extent, b, page);
     }
     return batch->pages > 0;
 }
@@ -210,57 +133,7 @@ struct result pump_precopy(struct source *s)
     return result_of(RESULT_STOPPED, "yield");
 }
 
-uint64_t source_dirty_pages(const struct source *s)
-{
-    uint64_t pages = 0;
-
-    for (uint32_t i = 0; i < s->ram->count; i++) {
-        pages += bitmap_count(&s->ram->blocks[i].dirty);
-    }
-    return pages;
-}
-
 /* --- postcopy ----------------------------------------------------------- */
-
-static void owe_block(struct ram_block *b)
-{
-    uint64_t page = bitmap_next_set(&b->dirty, 0);
-
-    while (page < b->dirty.bits) {
-        uint64_t end = bitmap_next_clear(&b->dirty, page);
-        uint64_t first = page >> block_pages_bits(b);
-        uint64_t last = (end - 1) >> block_pages_bits(b);
-
-        bitmap_set_range(&b->owed, first, last - first + 1);
-        page = bitmap_next_set(&b->dirty, end);
-    }
-}
-
-uint64_t source_owe_dirty(struct source *s)
-{
-    for (uint32_t i = 0; i < s->ram->count; i++) {
-        owe_block(&s->ram->blocks[i]);
-    }
-    if (source_owed_pages(s) == 0) {
-        bitmap_test_and_set(&s->ram->blocks[0].owed, 0);
-    }
-    s->cursor_block = 0;
-    s->cursor_page = 0;
-    s->extent = (struct extent){ 0 };
-    return source_owed_pages(s);
-}
-
-uint64_t source_owed_pages(const struct source *s)
-{
-    uint64_t pages = 0;
-
-    for (uint32_t i = 0; i < s->ram->count; i++) {
-        const struct ram_block *b = &s->ram->blocks[i];
-
-        pages += bitmap_count(&b->owed) * block_pages_per_host(b);
-    }
-    return pages;
-}
 
 static struct result write_discard(struct source *s, const struct ram_block *b,
                                    const struct wire_range *ranges,
@@ -310,50 +183,6 @@ struct result pump_discards(struct source *s)
     return result_ok();
 }
 
-/* Whoever clears the bit sends the page. */
-static bool claim(struct ram_block *b, uint64_t host)
-{
-    return bitmap_test_and_clear(&b->owed, host);
-}
-
-static void add_host_page(struct source *s, struct batch *batch,
-                          struct extent *e, const struct ram_block *b,
-                          uint64_t host)
-{
-    uint64_t first = host << block_pages_bits(b);
-
-    for (uint64_t i = 0; i < block_pages_per_host(b); i++) {
-        add_page(s, batch, e, b, first + i);
-    }
-}
-
-/*
- * Without a preempt channel the scan goes on behind the requested page: its
- * neighbours are likely next. The hint is 1 + block << HINT_BITS + host page.
- */
-#define HINT_BITS 48
-
-static void leave_hint(struct source *s, const struct ram_block *b,
-                       uint64_t host)
-{
-    uint64_t block = (uint64_t)(b - s->ram->blocks);
-
-    if (s->urgent == s->main) {
-        __atomic_store_n(&s->hint, 1 + (block << HINT_BITS | host),
-                         __ATOMIC_RELAXED);
-    }
-}
-
-static void take_hint(struct source *s)
-{
-    uint64_t hint = __atomic_exchange_n(&s->hint, 0, __ATOMIC_RELAXED);
-
-    if (hint) {
-        s->cursor_block = (uint32_t)((hint - 1) >> HINT_BITS);
-        s->cursor_page = (hint - 1) & ((UINT64_C(1) << HINT_BITS) - 1);
-    }
-}
-
 /* The next host page that is owed, from the cursor on and around. */
 static bool next_owed(struct source *s, struct ram_block **block,
                       uint64_t *host)
@@ -380,14 +209,14 @@ static bool fill_postcopy(struct source *s, struct batch *batch, uint32_t most)
     uint64_t host;
 
     batch_begin_part(batch, s->section_id);
-    take_hint(s);
+    urgent_take_hint(s);
     while (batch->pages < most && next_owed(s, &b, &host)) {
         if (batch->pages + block_pages_per_host(b) > BATCH_PAGES) {
             s->cursor_page = host; /* it opens the next batch */
             break;
         }
-        if (claim(b, host)) {
-            add_host_page(s, batch, &s->extent, b, host);
+        if (source_claim(b, host)) {
+            source_add_host_page(s, batch, &s->extent, b, host);
         }
     }
     return batch->pages > 0;
@@ -461,7 +290,7 @@ bool pump_take_answer_untrusted(struct source *s, uint32_t value)
     }
     if (flow_answer_untrusted(&s->flow, value & WIRE_MARK_BITS, clock_ns()) &&
         __atomic_exchange_n(&s->flow_waits, 0, __ATOMIC_SEQ_CST)) {
-        wake(s);
+        source_wake(s);
     }
     return true;
 }
@@ -517,57 +346,5 @@ struct result pump_postcopy(struct source *s)
     turn_take(TURN_BULK);
     r = send_owed(s);
     turn_take(TURN_USUAL);
-    return r;
-}
-
-static struct result write_urgent_locked(struct source *s, struct ram_block *b,
-                                         uint64_t host)
-{
-    struct batch *batch = &s->urgent_batch;
-    bool own_channel = s->urgent != s->main;
-
-    if (own_channel) {
-        batch_reset(batch);
-        batch->last = s->urgent->last_block;
-    } else {
-        batch_begin_part(batch, s->section_id);
-    }
-    add_host_page(s, batch, NULL, b, host);
-    if (own_channel) {
-        s->urgent->last_block = batch->last;
-        batch_end(batch);
-    } else {
-        batch_end_part(batch, s->section_id);
-    }
-    return channel_writev_locked(s->urgent, batch->iov, batch->iov_count);
-}
-
-struct result pump_urgent(struct source *s, struct ram_block *block,
-                          uint64_t offset, uint64_t asked_ns)
-{
-    uint64_t host = offset >> block->host_bits;
-    struct result r = result_ok();
-    uint64_t begun_ns;
-    bool owed;
-
-    channel_lock(s->urgent);
-    begun_ns = clock_ns();
-    owed = claim(block, host);
-    if (owed) {
-        r = write_urgent_locked(s, block, host);
-    }
-    channel_unlock(s->urgent);
-    if (!owed) {
-        STATS_ADD(s->stats.requests_late, 1);
-        return r;
-    }
-    histogram_add(&s->stats.queue, begun_ns - asked_ns);
-    histogram_add(&s->stats.send, clock_ns() - begun_ns);
-    leave_hint(s, block, host);
-    count_batch(s, &s->urgent_batch);
-    STATS_ADD(s->stats.urgent_pages, s->urgent_batch.pages);
-    if (s->urgent != s->main) {
-        STATS_ADD(s->stats.urgent_on_preempt, s->urgent_batch.pages);
-    }
     return r;
 }

@@ -1,6 +1,8 @@
 #include "rpath.h"
 
+#include "pump.h"
 #include "turn.h"
+#include "urgent.h"
 
 #include <errno.h>
 #include <poll.h>
@@ -102,7 +104,7 @@ static struct result serve_untrusted(struct source *s,
     }
     STATS_ADD(s->stats.requests, 1);
     for (uint64_t at = start; at < start + length; at += b->page_size) {
-        struct result r = pump_urgent(s, b, at, s->read_ns);
+        struct result r = urgent_serve(s, b, at, s->read_ns);
 
         if (!RESULT_IS_OK(r)) {
             return r;

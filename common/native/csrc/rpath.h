@@ -10,7 +10,7 @@
 #ifndef POSTCOPY_RPATH_H
 #define POSTCOPY_RPATH_H
 
-#include "pump.h"
+#include "source.h"
 
 #define RP_PONG 2
 #define RP_REQ_PAGES_ID 3

@@ -33,6 +33,12 @@ commands = st.one_of(
     st.builds(command.RamDiscard, names, ranges.map(tuple)),
     st.builds(command.Packaged, st.integers(0, c.MAX_PACKAGE)),
     st.builds(command.RecvBitmap, names),
+    st.builds(
+        command.Layout,
+        names,
+        st.integers(0, c.MAX_RAM_BYTES // c.LAYOUT_CHUNK),
+        st.binary(min_size=1, max_size=100),
+    ),
 )
 
 
@@ -57,6 +63,10 @@ def test_nothing_to_discard_is_no_command():
     ("wire", "complaint"),
     [
         ("08 00 00 00 00", "unknown command"),
+        ("08 50 43 00 0b 00 01 61 0000000000000000", "wrong length"),
+        ("08 50 43 00 0c 01 01 61 0000000000000000 02", "layout version"),
+        ("08 50 43 00 0c 00 01 61 ffffffffffffffff 02", "first chunk"),
+        ("08 50 43 00 0c 00 02 6161 0000000000000000", "without chunks"),
         ("08 00 08 00 00", "unknown command"),  # ENABLE_COLO
         ("08 00 0c 00 00", "unknown command"),
         ("08 00 01 00 01 00", "wrong length"),
