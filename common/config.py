@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import argparse
 import grp
-from dataclasses import dataclass
+import sys
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
 
+from common import address
 from common.guest.parked import RamFile, parse_size
+from common.qmp import schema
+from common.qmp.session import CommandError
+from common.settings import Settings
+
+if TYPE_CHECKING:
+    from common.qmp.message import Json
+
+FILES: Final = (*schema.FILES, "config.json")
 
 DEFAULT_MACHINE = "postcopyd-1"
 PARKED_MACHINE = "none"  # QEMU's machine without CPUs and devices
@@ -37,7 +50,8 @@ class GuestConfig:
 class ServeConfig:
     """One daemon: its guest, its control sockets, and what only one side has.
 
-    The source has `track` and `preempt_early`, the destination the rest.
+    The source has `track` and `preempt_early`; the destination has `incoming`,
+    `copy` and `overcommit`. `parameters` are migration parameters to begin with.
     """
 
     guest: GuestConfig
@@ -48,64 +62,96 @@ class ServeConfig:
     incoming: str | None = None
     copy: bool = False
     overcommit: bool = False
+    parameters: Mapping[str, Json] = field(default_factory=dict)
 
 
-def add_guest_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that both daemons have."""
-    add = parser.add_argument
-    add("--name", help="the guest's name, for query-name")
-    add(
-        "--qmp",
-        action="append",
-        required=True,
-        metavar="SOCKET",
-        help="serve the control protocol here; may be given more than once",
-    )
-    add(
-        "--qmp-group",
-        type=_group,
-        metavar="GROUP",
-        help="who else may connect to the control sockets, by name or number",
-    )
-    guest = parser.add_argument_group("the guest")
-    add = guest.add_argument
-    add("--memory", type=_size, metavar="SIZE", help="RAM of the built-in guest")
-    add("--vcpus", type=int, default=1, metavar="N", help="1 to 8 (default 1)")
-    add("--hugepages", choices=("2M",), help="back its RAM with huge pages")
-    add(
-        "--accel",
-        choices=("auto", "kvm", "process"),
-        default="auto",
-        help="how it runs; process: as threads, without /dev/kvm",
-    )
-    add(
-        "--serial",
-        default="stdout",
-        metavar="WHERE",
-        help="its serial output: stdout or file:PATH (default stdout)",
-    )
-    add("--machine", metavar="NAME", help="machine name in the stream")
-    add(
-        "--guest",
-        dest="socket",
-        metavar="SOCKET",
-        help="no built-in guest: a VMM attaches here (docs/attach-protocol.md)",
-    )
-    add(
-        "--ram",
-        action="append",
-        type=_ram_file,
-        default=[],
-        metavar="NAME=FILE[,size=SIZE]",
-        help="no CPUs: a RAM block behind a file; may be given more than once",
-    )
+# --- options and file -------------------------------------------------------------
+
+
+def parse_options(
+    program: str, description: str, kind: str, words: list[str] | None
+) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    """Read `serve` and its options, which the type `kind` of the schema lists.
+
+    What the file behind `--config` says comes first, as if it were written on
+    the command line. Usage errors end the process with status 2. The namespace
+    has `parameters` besides: the file's, checked.
+    """
+    parser = argparse.ArgumentParser(prog=program, description=description)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    serve = verbs.add_parser("serve", help="run the daemon")
+    add_option = serve.add_argument
+    add_option("--config", metavar="FILE", help="options in TOML; these here win")
+    known = schema.load(FILES)
+    described = known.object(kind)
+    for member in described.members:
+        _add_option(serve, member)
+    given = sys.argv[1:] if words is None else words
+    content = _content(serve, _file_named(given))
+    parameters = content.pop("parameters", {})
+    try:
+        described.check_arguments({"qmp": [], **content})
+        known.object("MigrationParameters").check(parameters, "parameters")
+        if parameters:
+            Settings().set_parameters(parameters)
+    except CommandError as error:
+        serve.error(f"--config: {error.desc}")
+    found = parser.parse_args([*given[:1], *_words(content), *given[1:]])
+    found.parameters = parameters
+    return serve, found
+
+
+def _add_option(parser: argparse.ArgumentParser, member: schema.Member) -> None:
+    option: dict[str, Any] = {"help": member.doc, "default": member.default}
+    if member.default:
+        option["help"] += f" (default {member.default})"
+    if isinstance(member.type, schema.Enum):
+        option["choices"] = tuple(member.type.values)
+    elif isinstance(member.type, schema.Array):
+        option |= {"action": "append", "default": []}
+    if member.type is schema.BUILTIN["bool"]:
+        option["action"] = "store_true"
+    elif member.type is schema.BUILTIN["int"]:
+        option["type"] = int
+    elif member.name in _READ:
+        option["type"] = _READ[member.name]
+    parser.add_argument(f"--{member.name}", required=not member.optional, **option)
+
+
+def _file_named(words: list[str]) -> str | None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    name: str | None = parser.parse_known_args(words)[0].config
+    return name
+
+
+def _content(parser: argparse.ArgumentParser, path: str | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except (OSError, ValueError) as error:
+        parser.error(f"--config: {path}: {error}")
+
+
+def _words(content: Mapping[str, Json]) -> list[str]:
+    """A file's members as they would be written on the command line."""
+    words = []
+    for name, value in content.items():
+        if isinstance(value, bool):
+            words += [f"--{name}"] * value
+        else:
+            several = value if isinstance(value, list) else [value]
+            words += [f"--{name}={one}" for one in several]
+    return words
 
 
 def guest_config(
     parser: argparse.ArgumentParser, found: argparse.Namespace, *, kernel: str | None
 ) -> GuestConfig:
     """Check the guest's options against each other; a usage error ends here."""
-    kinds = [found.memory is not None, bool(found.ram), found.socket is not None]
+    kinds = [found.memory is not None, bool(found.ram), found.guest is not None]
     if sum(kinds) != 1:
         parser.error("give one of --memory, --ram and --guest")
     if not 1 <= found.vcpus <= 8:
@@ -115,7 +161,7 @@ def guest_config(
     return GuestConfig(
         name=found.name,
         ram=tuple(found.ram),
-        socket=found.socket,
+        socket=found.guest,
         machine=found.machine,
         memory=found.memory,
         vcpus=found.vcpus,
@@ -149,3 +195,21 @@ def _ram_file(text: str) -> RamFile:
         return RamFile.parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _incoming(uri: str) -> str:
+    if uri != "defer":
+        try:
+            address.parse(uri)
+        except address.AddressError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return uri
+
+
+# What a text stands for, where the schema knows only that it is one.
+_READ: Final[Mapping[str, Callable[[str], object]]] = {
+    "memory": _size,
+    "ram": _ram_file,
+    "qmp-group": _group,
+    "incoming": _incoming,
+}

@@ -53,6 +53,7 @@ async def serve_monitor(
     task_status: trio.TaskStatus[None],
 ) -> None:
     """Answer on the control sockets until `quit` or a signal."""
+    monitor.settings.set_parameters(config.parameters)
     human = HumanMonitor(handlers, cpus=len(monitor.guest.vcpus), check_uri=_check_uri)
     server = QmpServer(
         {**handlers, "human-monitor-command": human.command},

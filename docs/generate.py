@@ -1,6 +1,7 @@
 """Writes what the documents have from the sources: run it after changing them.
 
     docs/qmp-reference.md    commands, events and types, from qmp_schema/
+    docs/configuration.md    the daemons' options and configuration file, likewise
     docs/architecture.md     the statuses, from common/status.py, between markers
 
 Run as `python docs/generate.py` from anywhere; with `--check` it writes nothing
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 BY: Final = "docs/generate.py"
 REFERENCE: Final = ROOT / "docs" / "qmp-reference.md"
+CONFIGURATION: Final = ROOT / "docs" / "configuration.md"
 ARCHITECTURE: Final = ROOT / "docs" / "architecture.md"
 
 HEAD: Final = f"""# QMP reference
@@ -52,6 +54,34 @@ A question mark behind a name: it may be left out. `[T]` is an array of T. *oob*
 may be executed out of band, with `exec-oob`. All sizes are bytes.
 """
 
+CONFIGURATION_HEAD: Final = f"""# Configuration
+
+<!-- Made by {BY} from qmp_schema/config.json; changes here are lost. -->
+
+What a daemon is told when it starts. Every name is an option of `srcd serve` and
+`dstd serve` (`--memory 4G`), and a member of the file that `--config FILE` names, in
+TOML:
+
+```toml
+qmp = ["/run/postcopyd/vm.qmp"]
+memory = "4G"
+
+[parameters]
+max-bandwidth = 0
+```
+
+An option on the command line wins over the file; those that may be given more than
+once add up. The table `parameters` has migration parameters to begin with, with the
+names and values of
+[migrate-set-parameters](qmp-reference.md#migrationparameters). One of `memory`, `ram`
+and `guest` says which guest it is.
+"""
+CONFIGURATION_PARTS: Final = {
+    "Config": "Both daemons",
+    "SourceConfig": "srcd",
+    "DestinationConfig": "dstd",
+}
+
 GROUPS: Final = {
     "control.json": "The monitor",
     "guest.json": "The guest",
@@ -65,8 +95,8 @@ GROUPS: Final = {
 class Reference:
     """The schema as Markdown."""
 
-    def __init__(self) -> None:
-        self._all = schema.load()
+    def __init__(self, files: Sequence[str] = schema.FILES) -> None:
+        self._all = schema.load(files)
         builtin = {id(kind): name for name, kind in BUILTIN.items()}
         own = {id(kind): name for name, kind in self._all.types.items()}
         self._names = builtin | own
@@ -132,6 +162,30 @@ class Reference:
             yield from self._members(kind, "Member", inline=False)
             for case, variant in kind.variants.items():
                 yield f"With `{kind.tag}` `{case}`: {self._link(variant)}.\n"
+
+    def configuration(self) -> str:
+        """The members of the configuration file, which are options too."""
+        parts = [CONFIGURATION_HEAD]
+        for kind, title in CONFIGURATION_PARTS.items():
+            parts.append(f"## {title}\n")
+            seen = {m.name for m in self._all.object("Config").members}
+            own = self._all.object(kind).members
+            rows = [
+                self._option(member)
+                for member in own
+                if kind == "Config" or member.name not in seen
+            ]
+            parts += _table(("Name", "Type", "Default", ""), iter(rows))
+        return "\n".join(parts)
+
+    def _option(self, member: Member) -> Sequence[str]:
+        kind = member.type
+        if isinstance(kind, Enum):
+            shown = " or ".join(f"`{value}`" for value in kind.values)
+        else:
+            shown = self._link(kind)
+        default = "" if member.default is None else f"`{_json(member.default)}`"
+        return f"`{member.name}`", shown, default, member.doc
 
     def _members(
         self, kind: Object, title: str, *, inline: bool = True
@@ -271,6 +325,7 @@ def files() -> dict[Path, str]:
     """What every generated file should hold."""
     return {
         REFERENCE: Reference().text(),
+        CONFIGURATION: Reference((*schema.FILES, "config.json")).configuration(),
         ARCHITECTURE: with_statuses(ARCHITECTURE.read_text()),
     }
 

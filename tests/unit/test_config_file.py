@@ -1,0 +1,71 @@
+"""The configuration file: options in TOML, described by qmp_schema/config.json."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+import dstd.cli
+import srcd.cli
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def written(folder: Path, text: str) -> list[str]:
+    file = folder / "config.toml"
+    file.write_text(text)
+    return ["serve", "--config", str(file)]
+
+
+def test_a_file_is_enough(tmp_path: Path) -> None:
+    text = """
+        qmp = ["q", "r"]
+        memory = "1G"
+        vcpus = 2
+        paused = true
+        preempt-early = false
+        [parameters]
+        max-bandwidth = 5
+    """
+    config = srcd.cli.parse(written(tmp_path, text))
+    assert config.qmp == ("q", "r")
+    assert (config.guest.memory, config.guest.vcpus) == (1 << 30, 2)
+    assert config.guest.paused
+    assert not config.preempt_early
+    assert config.parameters == {"max-bandwidth": 5}
+
+
+def test_the_command_line_wins(tmp_path: Path) -> None:
+    words = written(tmp_path, 'qmp = ["q"]\nmemory = "1G"\nincoming = "tcp::1"')
+    config = dstd.cli.parse([*words, "--memory", "2G", "--incoming", "defer"])
+    assert (config.guest.memory, config.incoming) == (2 << 30, "defer")
+
+
+REFUSED = {
+    "nonsense": "Expected",
+    'memory = "1G"\nx = 1': "Parameter 'x' is unexpected",
+    "memory = 1": "Invalid parameter type for 'memory', expected: string",
+    'qmp = "q"': "Invalid parameter type for 'qmp', expected: array",
+    'accel = "fast"': "Parameter 'accel' does not accept value 'fast'",
+    'incoming = "tcp::1"': "Parameter 'incoming' is unexpected",
+    "parameters = 1": "Invalid parameter type for 'parameters', expected: object",
+    "[parameters]\nmax_bandwidth = 1": "Parameter 'parameters.max_bandwidth'",
+    "[parameters]\ndowntime-limit = 2000001": "Parameter 'downtime_limit' expects",
+    'memory = "much"': "argument --memory",
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    words = [*written(tmp_path, text), "--qmp", "q"]
+    with pytest.raises(SystemExit, match="2"):
+        srcd.cli.parse(words)
+    assert REFUSED[text] in capsys.readouterr().err
+
+
+def test_no_such_file(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        dstd.cli.parse(["serve", "--config", "/nowhere/x"])
+    assert "No such file or directory" in capsys.readouterr().err
