@@ -6,7 +6,6 @@ import argparse
 import grp
 import sys
 import tomllib
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,6 +16,8 @@ from common.qmp.session import CommandError
 from common.settings import Settings
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from common.qmp.message import Json
 
 FILES: Final = (*schema.FILES, "config.json")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,16 @@ class Until:
 
 
 @dataclass(frozen=True)
+class Settled:
+    """Ask for the run state until it is this one.
+
+    QEMU changes it a moment after it has said that the migration is completed.
+    """
+
+    run_state: str
+
+
+@dataclass(frozen=True)
 class Connect:
     """Be a source: send this to where the destination listens, and go."""
 
@@ -50,7 +61,7 @@ class End:
     """Wait until the monitor is gone."""
 
 
-Step = Ask | Until | Connect | End
+Step = Ask | Until | Settled | Connect | End
 
 
 @dataclass(frozen=True)
@@ -114,6 +125,10 @@ class Player:
                 self.said.append(_shape(reply) if step.shape else reply)
             case Until():
                 self._wait(step)
+            case Settled():
+                deadline = time.monotonic() + PATIENCE
+                while self._run_state() != step.run_state:
+                    assert time.monotonic() < deadline, step
             case Connect():
                 with socket.socket(socket.AF_UNIX) as sock:
                     sock.connect(str(self.folder / "listen"))
@@ -121,6 +136,10 @@ class Player:
             case End():
                 while self._message() is not None:
                     pass
+
+    def _run_state(self) -> str:
+        self._socket.sendall(request("query-status"))
+        return str(self._reply()["return"]["status"])
 
     def _here(self, data: bytes) -> bytes:
         return data.replace(FOLDER.encode(), str(self.folder).encode())
