@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PATIENCE: Final = 10.0  # seconds; a test that waits longer has failed
+PATIENCE: Final = 30.0  # seconds; a test that waits longer has failed
 
 ENDS: Final = ("source", "destination")
 
