@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 from support.report import REPORT_ADDRESS, REPORT_SIZE, Report, ReportError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
     from typing import Self
 
@@ -86,19 +87,20 @@ class GuestMemory:
 
 
 class Sampler:
-    """Looks every 20 ms at how much a memory holds, in a thread of its own.
+    """Looks every 20 ms at how much has been moved, in a thread of its own.
 
-    `timeline` is (seconds since the start, bytes more than at the start).
+    `moved` gives bytes; `timeline` is (seconds since the start, bytes more than at
+    the start).
     """
 
-    def __init__(self, memory: GuestMemory) -> None:
+    def __init__(self, moved: Callable[[], int]) -> None:
         self.timeline: list[tuple[float, int]] = []
-        self._memory = memory
+        self._moved = moved
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._sample)
 
     def __enter__(self) -> Self:
-        self._first = self._memory.allocated()
+        self._first = self._moved()
         self._begun = time.monotonic()
         self._thread.start()
         return self
@@ -120,5 +122,5 @@ class Sampler:
 
     def _look(self) -> None:
         seconds = time.monotonic() - self._begun
-        grown = self._memory.allocated() - self._first
+        grown = self._moved() - self._first
         self.timeline.append((round(seconds, 4), grown))

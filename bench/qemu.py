@@ -178,7 +178,7 @@ def _listen(destination: Machine) -> str:
 def _measure(case: Case, source: Machine, destination: Machine, uri: str) -> Figures:
     sides = {"source": source, "destination": destination}
     usage = {role: account.Usage([side.pid]) for role, side in sides.items()}
-    with Sampler(destination.memory) as sampler:
+    with Sampler(destination.memory.allocated) as sampler:
         begun = time.time()
         source.execute("migrate", uri=uri)
         moving = source.wait("active")
