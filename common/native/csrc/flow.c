@@ -1,5 +1,7 @@
 #include "flow.h"
 
+#include <string.h>
+
 /* The window is followed in steps of this part of it. */
 #define MARKS_PER_WINDOW 4
 
@@ -20,6 +22,7 @@ void flow_restart(struct flow *f)
     f->window = FLOW_WINDOW_FIRST;
     f->taken = f->sent;
     f->base_ns = 0;
+    memset(f->probes_ns, 0, sizeof(f->probes_ns));
     f->probe_at_ns = 0;
     /* Answers to the marks of the old connection are none to new ones. */
     f->next += FLOW_MARKS;
@@ -154,7 +157,13 @@ static void take_probe_locked(struct flow *f, uint64_t took_ns, uint64_t now_ns)
 {
     uint64_t pause = FLOW_PROBE_BASES * took_ns;
 
+    f->probes_ns[f->probes++ % FLOW_PROBES] = took_ns;
     f->base_ns = took_ns;
+    for (unsigned i = 0; i < FLOW_PROBES; i++) {
+        if (f->probes_ns[i] && f->probes_ns[i] < f->base_ns) {
+            f->base_ns = f->probes_ns[i];
+        }
+    }
     f->probe_at_ns = now_ns + (pause > FLOW_PROBE_NS ? pause : FLOW_PROBE_NS);
     f->answers = 0;
 }

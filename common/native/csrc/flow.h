@@ -36,6 +36,8 @@
 /* The base is measured again after this time, or this often its own. */
 #define FLOW_PROBE_NS UINT64_C(1000000000)
 #define FLOW_PROBE_BASES 50
+/* It is the shortest of so many measurements: a thread may come late. */
+#define FLOW_PROBES 4
 #define FLOW_MARKS 64
 #define FLOW_RECENT 8
 
@@ -50,7 +52,9 @@ struct flow {
     uint64_t window;       /* bytes */
     uint64_t sent;         /* bytes, in all */
     uint64_t taken;        /* of these, in front of an answered mark */
-    uint64_t base_ns;
+    uint64_t base_ns;      /* 0: not measured yet */
+    uint64_t probes_ns[FLOW_PROBES]; /* the last measurements; 0: none */
+    uint32_t probes;
     uint64_t probe_at_ns; /* when to measure the base again */
     uint32_t next;        /* number of the next mark */
     uint32_t answered;    /* marks below this one are */

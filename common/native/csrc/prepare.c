@@ -1,5 +1,7 @@
 #include "prepare.h"
 
+#include "limit.h"
+
 #include <fcntl.h>
 #include <poll.h>
 #include <sys/mman.h>
@@ -88,8 +90,36 @@ static bool stopped(int stop_fd)
     return poll(&p, 1, 0) > 0;
 }
 
+/*
+ * A huge page takes a fraction of a millisecond. In a virtual machine whose
+ * host has taken free memory back it takes several, more than it saves: give up
+ * then.
+ */
+#define PACE_CHUNKS 8
+#define PACE_NS (PACE_CHUNKS * UINT64_C(1000000))
+
+struct pace {
+    uint64_t since_ns;
+    unsigned chunks;
+};
+
+static bool too_slow(struct pace *pace)
+{
+    uint64_t now = clock_ns();
+    bool slow;
+
+    if (pace->chunks++ % PACE_CHUNKS) {
+        return false;
+    }
+    slow = pace->since_ns && now - pace->since_ns > PACE_NS;
+    pace->since_ns = now;
+    return slow;
+}
+
 struct result prepare_run(struct destination *d, int stop_fd)
 {
+    struct pace pace = { 0 };
+
     if (d->way == PLACE_COPY) {
         return result_ok(); /* a page that is there cannot be copied over */
     }
@@ -100,6 +130,9 @@ struct result prepare_run(struct destination *d, int stop_fd)
         while (chunk < b->expected.bits) {
             if (stopped(stop_fd)) {
                 return result_of(RESULT_STOPPED, "stopped");
+            }
+            if (too_slow(&pace)) {
+                return result_ok();
             }
             prepare_chunk(b, chunk);
             chunk = bitmap_next_set(&b->expected, chunk + 1);
