@@ -181,10 +181,23 @@ _OK: Final = lib.result_ok()
 # --- connecting -----------------------------------------------------------------
 
 
-async def connect(address: Address, name: str, stop: Stop | None = None) -> Channel:
-    """A channel to `address`; ChannelLost in QEMU's words if that fails."""
+async def connect(
+    address: Address,
+    name: str,
+    stop: Stop | None = None,
+    *,
+    congestion: str | None = None,
+) -> Channel:
+    """A channel to `address`; ChannelLost in QEMU's words if that fails.
+
+    `congestion` names a TCP congestion control, see tcp(7).
+    """
     match address:
-        case Tcp() | Unix() | Vsock():
+        case Tcp():
+            sock = await _connect_socket(address)
+            _control_congestion(sock, congestion)
+            return Channel(sock, name, stop)
+        case Unix() | Vsock():
             return Channel(await _connect_socket(address), name, stop)
         case Fd():
             return Channel(_given(address), name, stop)
@@ -211,6 +224,20 @@ async def _connect_socket(address: Tcp | Unix | Vsock) -> int:
     except (OSError, UnicodeError) as error:
         reason = _reason(error)
         raise ChannelLost(f"Failed to connect to '{address}': {reason}") from None
+
+
+def _control_congestion(fd: int, name: str | None) -> None:
+    if name is None:
+        return
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name.encode())
+        except OSError as error:
+            os.close(fd)
+            raise ChannelLost(
+                f"congestion control '{name}': {error.strerror}; those that can be"
+                " used are in /proc/sys/net/ipv4/tcp_allowed_congestion_control"
+            ) from None
 
 
 async def _connect_tcp(address: Tcp) -> int:

@@ -14,6 +14,7 @@ from common.guest.parked import RamFile, parse_size
 from common.qmp import schema
 from common.qmp.session import CommandError
 from common.settings import Settings
+from common.tuning import USUAL, Tuning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -63,6 +64,7 @@ class ServeConfig:
     incoming: str | None = None
     copy: bool = False
     overcommit: bool = False
+    tuning: Tuning = USUAL
     parameters: Mapping[str, Json] = field(default_factory=dict)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from common.config import ServeConfig, guest_config, parse_options
+from common.tuning import Tuning
 
 
 def parse(arguments: list[str] | None = None) -> ServeConfig:
@@ -17,5 +18,6 @@ def parse(arguments: list[str] | None = None) -> ServeConfig:
         incoming=found.incoming,
         copy=found.place == "copy",
         overcommit=found.overcommit,
+        tuning=Tuning(awake=not found.let_sleep),
         parameters=found.parameters,
     )

@@ -95,6 +95,7 @@ class DestinationCommands:
             lambda: self._stay_stopped,
             copy=self._config.copy,
             overcommit=self._config.overcommit,
+            tuning=self._config.tuning,
         )
 
     async def listen(self, target: address.Address, *, exit_on_error: bool) -> None:

@@ -12,7 +12,7 @@ and goes on with its guest. After RUN it pauses, and nothing is thrown away.
 from __future__ import annotations
 
 import logging
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -32,6 +32,7 @@ from common.status import PostcopyState as P
 from common.stream import command, fields, returnpath, section, vmdesc
 from common.stream import constants as c
 from common.stream.package import Package, split_package_untrusted
+from common.tuning import USUAL, Tuning, processors_awake
 from dstd.admission import Admission
 from dstd.devices import Devices
 from dstd.ending import receive_ending_untrusted
@@ -64,6 +65,8 @@ class Connection:
         self.peer = Peer(main)
         self.preempt: Channel | None = None
         self.preempt_came = trio.Event()
+        self.stack = ExitStack()
+        """What ends with the connection."""
 
     def break_connection(self) -> None:
         """Loops on the channels see their end."""
@@ -73,6 +76,7 @@ class Connection:
 
     def close(self) -> None:
         """No loop runs on them any more."""
+        self.stack.close()
         self.loader.close()
         if self.preempt:
             self.preempt.close()
@@ -97,6 +101,7 @@ class IncomingMigration:
         *,
         copy: bool = False,
         overcommit: bool = False,
+        tuning: Tuning = USUAL,
     ) -> None:
         self.guest = guest
         self.settings = settings
@@ -106,6 +111,7 @@ class IncomingMigration:
         self.memory = Memory(guest, choose_way(guest, copy=copy))
         self.admission = Admission(guest, settings, self.memory, overcommit=overcommit)
         self._devices = Devices(guest)
+        self._tuning = tuning
         self._emit = emit
         self._run_state = run_state
         self._paused = paused
@@ -361,6 +367,7 @@ class IncomingMigration:
         self._devices.package_untrusted(package)
         self.memory.connect(link.main)
         self.memory.listen()
+        link.stack.enter_context(processors_awake(self._tuning.awake))
         self.postcopy.set(P.LISTENING)
         self.status.set(M.POSTCOPY_ACTIVE)
         self._standing.start_soon(self.memory.faults)

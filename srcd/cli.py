@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from common.config import ServeConfig, guest_config, parse_options
+from common.tuning import Tuning
 
 
 def parse(arguments: list[str] | None = None) -> ServeConfig:
@@ -17,6 +18,7 @@ def parse(arguments: list[str] | None = None) -> ServeConfig:
         qmp_group=found.qmp_group,
         track=found.dirty_tracking != "none",
         preempt_early=found.preempt_early,
+        tuning=Tuning(awake=not found.let_sleep, congestion=found.congestion),
         parameters=found.parameters,
     )
 

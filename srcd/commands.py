@@ -12,6 +12,7 @@ from common.dirty_rate import DirtyRate
 from common.errors import HostError, MigrationError
 from common.qmp.session import CommandError
 from common.status import MigrationStatus as M
+from common.tuning import USUAL, Tuning
 from srcd.outgoing import OutgoingMigration
 from srcd.report import migration_info
 from srcd.written import Written
@@ -47,10 +48,12 @@ class SourceCommands:
         *,
         track: bool = True,
         preempt_early: bool = False,
+        tuning: Tuning = USUAL,
     ) -> None:
         self._monitor = monitor
         self._nursery = nursery
         self._preempt_early = preempt_early
+        self._tuning = tuning
         self._track = track
         self._status = status.outgoing()
         self._status.listeners.append(monitor.announce)
@@ -153,6 +156,7 @@ class SourceCommands:
                 self._monitor.set_run_state,
                 track=self._track,
                 preempt_early=self._preempt_early,
+                tuning=self._tuning,
             )
         except MigrationError as error:
             raise CommandError(str(error)) from None

@@ -28,7 +28,11 @@ async def serve(
         async with responsible_for(guest, config):
             monitor = Monitor(guest, config.guest.name, guest_runs(guest))
             commands = SourceCommands(
-                monitor, nursery, track=config.track, preempt_early=config.preempt_early
+                monitor,
+                nursery,
+                track=config.track,
+                preempt_early=config.preempt_early,
+                tuning=config.tuning,
             )
             await serve_monitor(
                 config, monitor, commands.handlers, nursery, task_status

@@ -24,6 +24,7 @@ from common.guest.base import GuestState
 from common.status import MigrationStatus as M
 from common.stream import command, section
 from common.stream import constants as c
+from common.tuning import USUAL, Tuning, processors_awake
 from srcd import sections
 from srcd.account import Sent, Times
 from srcd.convergence import Convergence
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from common import status as statuses
     from common.address import Address
     from common.guest.base import Guest
+    from common.native.loop import Stop
     from common.qmp.message import Json
     from common.settings import Settings
 
@@ -73,6 +75,7 @@ class OutgoingMigration:
         *,
         track: bool = True,
         preempt_early: bool = False,
+        tuning: Tuning = USUAL,
     ) -> None:
         self.guest = guest
         self.settings = settings
@@ -85,6 +88,7 @@ class OutgoingMigration:
         self.tracking = Tracking(guest, self.pump.ram, allowed=track)
         self.peer = Peer()
         self._preempt_early = preempt_early
+        self._tuning = tuning
         self._emit = emit
         self._run_state = run_state
         self._connected: Channel | None = None
@@ -188,7 +192,7 @@ class OutgoingMigration:
             self.over.set()
 
     async def _migrate(self, address: Address) -> None:
-        self._connected = await connect(address, "main")
+        self._connected = await self._connect(address, "main")
         self._return_path = bool(self._main.native.is_socket)
         self.opened.set()
         if self._preempt_early:
@@ -355,21 +359,31 @@ class OutgoingMigration:
         # The guest must not stand still behind what fills the buffers now.
         await self.peer.caught_up(self._main)
         self._check_preempt()
-        await self._stop_guest()
-        await self._send_package()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.pump.postcopy)
-            await self.peer.pong(c.PING_LOADED)
-            self._owner = Owner.DESTINATION
-            self.status.set(M.POSTCOPY_ACTIVE)
-            if self.peer.is_dstd:
-                await self._commit()
-            self._handed_over()
-        await self._end_postcopy()
+        with processors_awake(self._tuning.awake):
+            await self._stop_guest()
+            await self._send_package()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.pump.postcopy)
+                await self._loaded()
+            await self._end_postcopy()
+
+    async def _loaded(self) -> None:
+        """From the destination's word on that it can run the guest, it is its."""
+        await self.peer.pong(c.PING_LOADED)
+        self._owner = Owner.DESTINATION
+        self.status.set(M.POSTCOPY_ACTIVE)
+        if self.peer.is_dstd:
+            await self._commit()
+        self._handed_over()
+
+    async def _connect(
+        self, address: Address, name: str, stop: Stop | None = None
+    ) -> Channel:
+        return await connect(address, name, stop, congestion=self._tuning.congestion)
 
     async def _connect_preempt(self, address: Address) -> None:
         if self.settings.on("postcopy-preempt"):
-            self._preempt = await connect(address, "preempt", self._main.stop)
+            self._preempt = await self._connect(address, "preempt", self._main.stop)
 
     def _check_preempt(self) -> None:
         """A destination that has the capability off has closed it by now."""

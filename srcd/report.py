@@ -97,6 +97,7 @@ def _ours(migration: OutgoingMigration) -> Mapping[str, Json]:
         "urgent-pages-on-preempt": int(stats.urgent_on_preempt),
         "late-requests": int(stats.requests_late),
         "background-waits": int(stats.background_waits),
+        "background-pauses": int(stats.background_pauses),
         "hole-pages": int(stats.hole_pages),
         "fault-phases": {
             name: histogram(ffi.addressof(stats, name)) for name in ("queue", "send")

@@ -8,6 +8,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#define PREFETCH (8 * TARGET_PAGE_SIZE)
 /* A page's head and its data, the section's head and tail, a mark. */
 #define BATCH_IOVS (2 * BATCH_PAGES + 3)
 #define BATCH_HEADS                                                    \
@@ -129,6 +130,9 @@ static bool is_hole(struct extent *e, const struct ram_block *b, uint64_t page)
     uint64_t offset = page << TARGET_PAGE_BITS;
     struct extent here;
 
+    if (bitmap_test(&b->solid, page >> CHUNK_PAGES_BITS)) {
+        return false;
+    }
     if (!e) {
         return look_for_hole(&here, b, offset);
     }
@@ -152,6 +156,8 @@ bool batch_add_page(struct batch *batch, struct extent *e,
     const uint8_t *data = b->map + offset;
     bool hole = is_hole(e, b, page);
 
+    /* The pages behind it are probably next, and far from the cache. */
+    __builtin_prefetch(data + PREFETCH);
     add_record(batch, b, offset, hole || page_is_zero(data) ? NULL : data);
     return hole;
 }

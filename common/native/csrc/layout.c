@@ -32,7 +32,7 @@ static bool samples_hold_data(const uint8_t *chunk)
     return true;
 }
 
-static enum chunk_kind touched_kind(const struct ram_block *b, uint64_t chunk)
+static enum chunk_kind touched_kind(struct ram_block *b, uint64_t chunk)
 {
     uint8_t *at = b->map + (chunk << CHUNK_BITS);
     unsigned char resident[CHUNK_PAGES];
@@ -45,6 +45,9 @@ static enum chunk_kind touched_kind(const struct ram_block *b, uint64_t chunk)
     for (unsigned i = 0; i < CHUNK_PAGES; i++) {
         lacking += !(resident[i] & 1);
     }
+    if (!lacking) {
+        bitmap_test_and_set(&b->solid, chunk);
+    }
     /* Only now: reading a hole would allocate it. */
     for (unsigned i = 0; i < SAMPLES; i++) {
         lacking += resident[i * (CHUNK_PAGES / SAMPLES)] & 1 ? 0 : CHUNK_PAGES;
@@ -53,7 +56,7 @@ static enum chunk_kind touched_kind(const struct ram_block *b, uint64_t chunk)
                                                          CHUNK_MIXED;
 }
 
-void layout_look(const struct ram_block *b, uint64_t first, uint8_t *kinds,
+void layout_look(struct ram_block *b, uint64_t first, uint8_t *kinds,
                  uint64_t count)
 {
     uint64_t data = next_data(b, first << CHUNK_BITS);

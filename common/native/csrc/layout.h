@@ -15,8 +15,12 @@ enum chunk_kind {
     CHUNK_FULL,  /* nearly every page will be sent, with data */
 };
 
-/* The kinds of the chunks [first, first + count), one in a byte of `kinds`. */
-void layout_look(const struct ram_block *b, uint64_t first, uint8_t *kinds,
+/*
+ * The kinds of the chunks [first, first + count), one in a byte of `kinds`.
+ * Notes which have no hole: what the guest gives back later is not missed, only
+ * read.
+ */
+void layout_look(struct ram_block *b, uint64_t first, uint8_t *kinds,
                  uint64_t count);
 /*
  * The destination was told: what is empty needs no sending. A page written

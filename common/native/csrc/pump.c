@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <time.h>
 #include <unistd.h>
 
 /*
@@ -315,6 +316,26 @@ static uint32_t postcopy_pages(struct source *s)
     return batch_size(s, pages ? (uint32_t)pages : 1);
 }
 
+/*
+ * While faults come, each part leaves the processors to them for a moment: on a
+ * machine that the stream keeps busy a woken thread waits for whole system
+ * calls of the stream to end, and the pages behind the fault come later by less
+ * than the fault would.
+ */
+#define FAULTS_COME_NS UINT64_C(300000)
+#define PAUSE_NS 20000L
+
+static void pause_for_faults(struct source *s)
+{
+    struct timespec pause = { .tv_nsec = PAUSE_NS };
+    uint64_t served = __atomic_load_n(&s->served_ns, __ATOMIC_RELAXED);
+
+    if (clock_ns() - served < FAULTS_COME_NS) {
+        (void)clock_nanosleep(CLOCK_MONOTONIC, 0, &pause, NULL);
+        STATS_ADD(s->stats.background_pauses, 1);
+    }
+}
+
 static struct result send_owed(struct source *s)
 {
     channel_limit_unsent(s->main, POSTCOPY_UNSENT_MAX);
@@ -332,6 +353,7 @@ static struct result send_owed(struct source *s)
             return r;
         }
         STATS_ADD(s->stats.background_pages, s->batch.pages);
+        pause_for_faults(s);
     }
     /* An urgent page that was claimed is written when the lock is free. */
     channel_lock(s->urgent);

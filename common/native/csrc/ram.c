@@ -30,6 +30,7 @@ void ram_close(struct ram *ram)
         }
         bitmap_close(&b->dirty);
         bitmap_close(&b->owed);
+        bitmap_close(&b->solid);
         bitmap_close(&b->received);
         bitmap_close(&b->requested);
         bitmap_close(&b->claimed);
@@ -91,7 +92,7 @@ struct result ram_add(struct ram *ram, const char *idstr, uint64_t length,
     b->host_bits = (unsigned)__builtin_ctzll(page_size);
     b->base = base;
     b->fd = fd;
-    b->dirty.fd = b->owed.fd = b->received.fd = -1;
+    b->dirty.fd = b->owed.fd = b->solid.fd = b->received.fd = -1;
     b->requested.fd = b->claimed.fd = b->populated.fd = b->mapped.fd = -1;
     b->expected.fd = b->prepared.fd = -1;
     ram->total += length;
@@ -140,6 +141,9 @@ struct result ram_prepare_source(struct ram *ram)
         }
         if (RESULT_IS_OK(r)) {
             r = bitmap_open(&b->owed, block_hosts(b));
+        }
+        if (RESULT_IS_OK(r)) {
+            r = bitmap_open(&b->solid, block_chunks(b));
         }
         if (!RESULT_IS_OK(r)) {
             return r;

@@ -42,6 +42,7 @@ struct ram_block {
     /* Source. */
     struct bitmap dirty; /* target pages still to send in precopy */
     struct bitmap owed;  /* host pages still to send in postcopy */
+    struct bitmap solid; /* chunks without a hole, as layout_look() saw them */
 
     /* Destination. */
     struct bitmap received;  /* target pages that are here; see place.h */

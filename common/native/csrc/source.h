@@ -33,6 +33,7 @@ struct source_stats {
     uint64_t requests;          /* messages that asked for pages */
     uint64_t requests_late;     /* of these, for pages already sent */
     uint64_t background_waits;  /* the pump waited for a channel's lock */
+    uint64_t background_pauses; /* it left the processors to faults */
     uint64_t hole_pages;        /* of zero_pages, found without reading them */
     struct histogram queue;     /* request read .. its page's turn to be sent */
     struct histogram send;      /* .. handed to the kernel */
@@ -57,6 +58,7 @@ struct source {
     uint32_t yield;      /* atomic: leave the pass as soon as possible */
     uint32_t ended;      /* atomic: EOF was written, closing is no error */
     uint64_t hint;       /* atomic: 1 + where a request was, see urgent.c */
+    uint64_t served_ns;  /* atomic: when a request was served last */
 
     uint32_t cursor_block; /* pump thread only, as the next three */
     uint64_t cursor_page;

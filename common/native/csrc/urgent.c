@@ -116,6 +116,7 @@ struct result urgent_serve(struct source *s, struct ram_block *block,
     }
     histogram_add(&s->stats.queue, begun_ns - asked_ns);
     histogram_add(&s->stats.send, clock_ns() - begun_ns);
+    __atomic_store_n(&s->served_ns, begun_ns, __ATOMIC_RELAXED);
     leave_hint(s, block, host);
     source_count(s, &s->urgent_batch);
     STATS_ADD(s->stats.urgent_pages, s->urgent_batch.pages);
