@@ -90,19 +90,21 @@ class Sampler:
     """Looks every 20 ms at how much has been moved, in a thread of its own.
 
     `moved` gives bytes; `timeline` is (seconds since the start, bytes more than at
-    the start).
+    the start). Looks only if the case is `watched`.
     """
 
-    def __init__(self, moved: Callable[[], int]) -> None:
+    def __init__(self, moved: Callable[[], int], *, watched: bool) -> None:
         self.timeline: list[tuple[float, int]] = []
         self._moved = moved
+        self._watched = watched
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._sample)
 
     def __enter__(self) -> Self:
-        self._first = self._moved()
-        self._begun = time.monotonic()
-        self._thread.start()
+        if self._watched:
+            self._first = self._moved()
+            self._begun = time.monotonic()
+            self._thread.start()
         return self
 
     def __exit__(
@@ -111,9 +113,10 @@ class Sampler:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._over.set()
-        self._thread.join()
-        self._look()
+        if self._watched:
+            self._over.set()
+            self._thread.join()
+            self._look()
 
     def _sample(self) -> None:
         self._look()

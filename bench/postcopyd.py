@@ -67,11 +67,12 @@ def measure(
     address: str,
 ) -> Figures:
     source, destination = ram
+    account.pretouch(case.memory)
     sides = {"source": src, "destination": dst}
     usage = {role: account.Usage(pids(side)) for role, side in sides.items()}
     with (
         QmpClient(str(src.qmp_path)) as asked,
-        Sampler(lambda: data_sent(asked)) as sampler,
+        Sampler(lambda: data_sent(asked), watched=case.watched) as sampler,
     ):
         begun = time.time()
         src.migrate(address)

@@ -176,9 +176,10 @@ def _listen(destination: Machine) -> str:
 
 
 def _measure(case: Case, source: Machine, destination: Machine, uri: str) -> Figures:
+    account.pretouch(case.memory)
     sides = {"source": source, "destination": destination}
     usage = {role: account.Usage([side.pid]) for role, side in sides.items()}
-    with Sampler(destination.memory.allocated) as sampler:
+    with Sampler(destination.memory.allocated, watched=case.watched) as sampler:
         begun = time.time()
         source.execute("migrate", uri=uri)
         moving = source.wait("active")

@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 OUTPUT: Final = ROOT / "build" / "bench"
-SPARE: Final = 2 * GIB  # left alone when memory is touched before a run
 BUSY_LOAD: Final = 0.5
 CONTENDERS: Final[dict[str, Callable[..., Figures]]] = {
     POSTCOPYD: postcopyd.run,
@@ -110,10 +109,10 @@ def prepared(case: Case, run: Callable[..., Figures]) -> Figures:
         stack.enter_context(alone())
         prefix = f"postcopyd-bench-{case.name}-"
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix))
-        account.pretouch(min(2 * case.memory + GIB // 4, available() - SPARE))
         if case.page_size == 2 * MIB:
             pages = 2 * case.memory // case.page_size
             stack.enter_context(hugepages.reserved(pages))
+            account.pretouch_pool(2 * case.memory)
         return run(case, Path(folder), LINKS.get(case.link))
 
 
@@ -124,14 +123,6 @@ def alone() -> Iterator[None]:
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def available() -> int:
-    """Bytes of memory that are free, or can be made so."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) << 10
-    raise LookupError("no MemAvailable in /proc/meminfo")
 
 
 def say(number: int, case: Case, contender: str, text: str) -> None:

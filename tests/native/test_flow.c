@@ -32,7 +32,7 @@ static void path_open(struct path *l, uint64_t way_ns, uint64_t bytes_per_ms)
     *l = (struct path){ .way_ns = way_ns,
                         .bytes_per_ms = bytes_per_ms,
                         .now_ns = SECOND };
-    flow_open(&l->flow);
+    flow_open(&l->flow, PIECE);
 }
 
 static void carry(struct path *l, uint64_t bytes)

@@ -8,23 +8,11 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-static uint64_t largest_page(const struct ram *ram)
-{
-    uint64_t size = TARGET_PAGE_SIZE;
-
-    for (uint32_t i = 0; i < ram->count; i++) {
-        if (ram->blocks[i].page_size > size) {
-            size = ram->blocks[i].page_size;
-        }
-    }
-    return size;
-}
-
 struct result destination_open(struct destination *d, struct ram *ram,
                                int32_t way, int uffd, const uint32_t *vcpus,
                                uint32_t vcpu_count)
 {
-    size_t size = (size_t)largest_page(ram);
+    size_t size = (size_t)ram_largest_page(ram);
     void *zeroes;
 
     *d = (struct destination){ .ram = ram, .way = way, .uffd = uffd };

@@ -5,9 +5,19 @@
 /* The window is followed in steps of this part of it. */
 #define MARKS_PER_WINDOW 4
 
-void flow_open(struct flow *f)
+static uint64_t first_window(const struct flow *f)
 {
-    *f = (struct flow){ .window = FLOW_WINDOW_FIRST };
+    return f->least > FLOW_WINDOW_FIRST ? f->least : FLOW_WINDOW_FIRST;
+}
+
+void flow_open(struct flow *f, uint64_t unit)
+{
+    *f = (struct flow){ .least = FLOW_WINDOW_MIN };
+    /* One on its way while another is taken. */
+    if (2 * unit > f->least) {
+        f->least = 2 * unit;
+    }
+    f->window = first_window(f);
     pthread_mutex_init(&f->mutex, NULL);
 }
 
@@ -19,7 +29,7 @@ void flow_close(struct flow *f)
 void flow_restart(struct flow *f)
 {
     pthread_mutex_lock(&f->mutex);
-    f->window = FLOW_WINDOW_FIRST;
+    f->window = first_window(f);
     f->taken = f->sent;
     f->base_ns = 0;
     memset(f->probes_ns, 0, sizeof(f->probes_ns));
@@ -147,8 +157,8 @@ static uint64_t scaled(const struct flow *f, uint64_t took_ns)
     } else {
         window = (uint64_t)((unsigned __int128)window * wanted_ns / took_ns);
     }
-    if (window < FLOW_WINDOW_MIN) {
-        return FLOW_WINDOW_MIN;
+    if (window < f->least) {
+        return f->least;
     }
     return window < FLOW_WINDOW_MAX ? window : FLOW_WINDOW_MAX;
 }

@@ -50,6 +50,7 @@ struct flow_mark {
 struct flow {
     pthread_mutex_t mutex; /* protects all of this */
     uint64_t window;       /* bytes */
+    uint64_t least;        /* bytes that the window never goes below */
     uint64_t sent;         /* bytes, in all */
     uint64_t taken;        /* of these, in front of an answered mark */
     uint64_t base_ns;      /* 0: not measured yet */
@@ -70,7 +71,8 @@ enum flow_turn {
     FLOW_WAIT,  /* for an answer */
 };
 
-void flow_open(struct flow *f);
+/* `unit`: the most that is sent in one go whatever the window is, in bytes. */
+void flow_open(struct flow *f, uint64_t unit);
 void flow_close(struct flow *f);
 /* A new connection: nothing is on its way, nothing is known about it. */
 void flow_restart(struct flow *f);

@@ -209,3 +209,15 @@ struct ram_block *ram_at(struct ram *ram, uint64_t address)
     }
     return NULL;
 }
+
+uint64_t ram_largest_page(const struct ram *ram)
+{
+    uint64_t size = TARGET_PAGE_SIZE;
+
+    for (uint32_t i = 0; i < ram->count; i++) {
+        if (ram->blocks[i].page_size > size) {
+            size = ram->blocks[i].page_size;
+        }
+    }
+    return size;
+}

@@ -79,6 +79,8 @@ struct result ram_prepare_destination(struct ram *ram);
 
 /* NULL if there is no such block. `name` needs no terminator. */
 struct ram_block *ram_find(struct ram *ram, const void *name, size_t length);
+/* Of all blocks' host pages; bytes. */
+uint64_t ram_largest_page(const struct ram *ram);
 /* The block that the guest's process maps at `address`, or NULL. */
 struct ram_block *ram_at(struct ram *ram, uint64_t address);
 

@@ -10,7 +10,7 @@ struct result source_open(struct source *s, struct ram *ram,
     struct result r;
 
     *s = (struct source){ .ram = ram, .section_id = section_id };
-    flow_open(&s->flow);
+    flow_open(&s->flow, ram_largest_page(ram));
     s->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (s->wake_fd < 0) {
         return result_errno(RESULT_HOST, "eventfd", errno);
