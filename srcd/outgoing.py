@@ -302,7 +302,7 @@ class OutgoingMigration:
         await self._hold()
         self.status.set(M.DEVICE)
         self.times.mark("stop")
-        self.tracking.sync()
+        self.tracking.sync_last()
         self.times.mark("sync")
         self._next_pass()
 

@@ -201,6 +201,10 @@ class Tracking:
         check(lib.dirty_sync(self._native, self._pages))
         return int(self._pages[0])
 
+    def sync_last(self) -> None:
+        """The same when the guest has stopped, and waits for it."""
+        check(lib.dirty_sync_last(self._native, self._pages))
+
     def stop(self) -> None:
         check(lib.dirty_stop(self._native))
 

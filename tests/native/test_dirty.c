@@ -313,6 +313,33 @@ static void test_guest_is_gone(void)
     stranger_close(&s);
 }
 
+/* Of what is clean nothing is missed, and what is dirty stays so. */
+static void test_last_sync(void)
+{
+    struct fixture f;
+    struct bitmap *dirty;
+    uint64_t pages;
+
+    fixture_open(&f, specs, DIRTY_WP_ASYNC);
+    dirty = &f.guest.ram.blocks[0].dirty;
+    CHECK(RESULT_IS_OK(dirty_start(&f.dirty)));
+    forget_dirty(&f);
+    bitmap_set_range(dirty, CHUNK_PAGES, CHUNK_PAGES);
+    f.guest.memory[0][3 * PAGE] = 1;
+    f.guest.memory[0][(CHUNK_PAGES + 3) * PAGE] = 1; /* where all is dirty */
+    f.guest.memory[0][2 * CHUNK_PAGES * PAGE] = 1;
+    f.guest.memory[0][8 * MIB - 1] = 1;
+    f.guest.memory[1][63 * PAGE] = 1;
+    CHECK(RESULT_IS_OK(dirty_sync_last(&f.dirty, &pages)));
+    CHECK_EQ(pages, 4);
+    CHECK_EQ(dirty_count(&f), CHUNK_PAGES + 4);
+    CHECK(bitmap_test(dirty, 3));
+    CHECK(bitmap_test(dirty, 2 * CHUNK_PAGES));
+    CHECK(bitmap_test(dirty, 2047));
+    CHECK(RESULT_IS_OK(dirty_stop(&f.dirty)));
+    fixture_close(&f);
+}
+
 int main(void)
 {
     uint32_t abilities = 0;
@@ -329,6 +356,7 @@ int main(void)
         return check_skip("no asynchronous write protection (Linux 6.7)");
     }
     RUN(test_written_pages_and_no_others);
+    RUN(test_last_sync);
     RUN(test_scattered_writes);
     RUN(test_follow_writers);
     RUN(test_follow_writers_in_huge_pages);

@@ -122,6 +122,13 @@ void bitmap_clear_range(struct bitmap *b, uint64_t first, uint64_t count)
     }
 }
 
+void bitmap_copy(struct bitmap *b, const struct bitmap *from)
+{
+    for (uint64_t w = 0; w < word_count(b->bits); w++) {
+        __atomic_store_n(&b->words[w], load_word(from, w), __ATOMIC_SEQ_CST);
+    }
+}
+
 /* `flip` is 0 to look for a set bit, all ones to look for a clear one. */
 static uint64_t next_bit(const struct bitmap *b, uint64_t from, uint64_t flip)
 {

@@ -33,6 +33,9 @@ bool bitmap_test_and_clear(struct bitmap *b, uint64_t bit);
 void bitmap_set_range(struct bitmap *b, uint64_t first, uint64_t count);
 void bitmap_clear_range(struct bitmap *b, uint64_t first, uint64_t count);
 
+/* The same bits as `from`, which has as many. Atomic word by word. */
+void bitmap_copy(struct bitmap *b, const struct bitmap *from);
+
 /* First bit at or after `from` that is set (clear); `bits` if there is none. */
 uint64_t bitmap_next_set(const struct bitmap *b, uint64_t from);
 uint64_t bitmap_next_clear(const struct bitmap *b, uint64_t from);

@@ -134,6 +134,10 @@ static uint64_t settle_block(struct ram_block *b)
     uint64_t per_host = block_pages_per_host(b);
     uint64_t missing = 0;
 
+    if (!block_is_huge(b)) {
+        bitmap_copy(&b->claimed, &b->received);
+        return b->received.bits - bitmap_count(&b->received);
+    }
     for (uint64_t host = 0; host < block_hosts(b); host++) {
         uint64_t first = host << block_pages_bits(b);
 

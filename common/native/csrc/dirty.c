@@ -72,19 +72,18 @@ static uint64_t mark_regions(struct ram_block *b,
 }
 
 /* The result comes in pieces; the walk is over when it reached the end. */
-static struct result scan_block(struct dirty *d, struct ram_block *b,
-                                uint64_t *pages)
+static struct result scan(struct dirty *d, struct ram_block *b, uint64_t at,
+                          uint64_t end, uint64_t *pages)
 {
     struct scan_region regions[REGIONS];
-    uint64_t at = b->base;
 
-    while (at < b->base + b->length) {
+    while (at < end) {
         struct scan_arg arg = {
             .size = sizeof(arg),
             /* Without CHECK, memory that is not tracked looks unwritten. */
             .flags = SCAN_WP_MATCHING | SCAN_CHECK_WPASYNC,
             .start = at,
-            .end = b->base + b->length,
+            .end = end,
             .vec = (uint64_t)(uintptr_t)regions,
             .vec_len = REGIONS,
             .category_mask = PAGE_IS_WRITTEN,
@@ -105,7 +104,45 @@ static struct result scan_block(struct dirty *d, struct ram_block *b,
     return result_ok();
 }
 
-struct result dirty_sync(struct dirty *d, uint64_t *pages)
+static struct result scan_block(struct dirty *d, struct ram_block *b,
+                                uint64_t *pages)
+{
+    return scan(d, b, b->base, b->base + b->length, pages);
+}
+
+static bool chunk_is_dirty(const struct ram_block *b, uint64_t chunk)
+{
+    return bitmap_all_set(&b->dirty, chunk << CHUNK_PAGES_BITS,
+                          block_chunk_pages(b, chunk));
+}
+
+/* Runs of chunks of which something is clean; what is dirty stays dirty. */
+static struct result scan_what_is_clean(struct dirty *d, struct ram_block *b,
+                                        uint64_t *pages)
+{
+    uint64_t chunks = block_chunks(b);
+
+    for (uint64_t chunk = 0; chunk < chunks; chunk++) {
+        uint64_t first = chunk;
+        uint64_t end;
+        struct result r;
+
+        while (chunk < chunks && !chunk_is_dirty(b, chunk)) {
+            chunk++;
+        }
+        end = chunk < chunks ? chunk << CHUNK_BITS : b->length;
+        r = scan(d, b, b->base + (first << CHUNK_BITS), b->base + end, pages);
+        if (!RESULT_IS_OK(r)) {
+            return r;
+        }
+    }
+    return result_ok();
+}
+
+static struct result sync_blocks(struct dirty *d, uint64_t *pages,
+                                 struct result (*scan_one)(struct dirty *,
+                                                           struct ram_block *,
+                                                           uint64_t *))
 {
     *pages = 0;
     for (uint32_t i = 0; i < d->ram->count; i++) {
@@ -115,7 +152,7 @@ struct result dirty_sync(struct dirty *d, uint64_t *pages)
             bitmap_set_range(&b->dirty, 0, b->dirty.bits);
             *pages += b->dirty.bits;
         } else if (d->way == DIRTY_WP_ASYNC) {
-            struct result r = scan_block(d, b, pages);
+            struct result r = scan_one(d, b, pages);
 
             if (!RESULT_IS_OK(r)) {
                 return r;
@@ -123,6 +160,16 @@ struct result dirty_sync(struct dirty *d, uint64_t *pages)
         }
     }
     return result_ok();
+}
+
+struct result dirty_sync(struct dirty *d, uint64_t *pages)
+{
+    return sync_blocks(d, pages, scan_block);
+}
+
+struct result dirty_sync_last(struct dirty *d, uint64_t *pages)
+{
+    return sync_blocks(d, pages, scan_what_is_clean);
 }
 
 struct result dirty_stop(struct dirty *d)

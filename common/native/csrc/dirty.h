@@ -32,6 +32,11 @@ struct result dirty_start(struct dirty *d);
  * `*pages` is how many target pages that were.
  */
 struct result dirty_sync(struct dirty *d, uint64_t *pages);
+/*
+ * The same once the guest has stopped: it has to wait for this, so nobody looks
+ * where everything is dirty anyway, and `*pages` does not count it.
+ */
+struct result dirty_sync_last(struct dirty *d, uint64_t *pages);
 struct result dirty_stop(struct dirty *d);
 
 #endif

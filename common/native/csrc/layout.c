@@ -80,12 +80,9 @@ void layout_skip_empty(struct ram_block *b, uint64_t first,
                        const uint8_t *kinds, uint64_t count)
 {
     for (uint64_t i = 0; i < count; i++) {
-        uint64_t page = (first + i) << CHUNK_PAGES_BITS;
-        uint64_t left = block_pages(b) - page;
-
         if (kinds[i] == CHUNK_EMPTY) {
-            bitmap_clear_range(&b->dirty, page,
-                               left < CHUNK_PAGES ? left : CHUNK_PAGES);
+            bitmap_clear_range(&b->dirty, (first + i) << CHUNK_PAGES_BITS,
+                               block_chunk_pages(b, first + i));
         }
     }
 }

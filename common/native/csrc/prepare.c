@@ -10,17 +10,10 @@
 #define ADVICE_POPULATE_WRITE 23
 #define ADVICE_COLLAPSE 25
 
-static uint64_t pages_of(const struct ram_block *b, uint64_t chunk)
-{
-    uint64_t left = block_pages(b) - (chunk << CHUNK_PAGES_BITS);
-
-    return left < CHUNK_PAGES ? left : CHUNK_PAGES;
-}
-
 static void expect_empty(struct ram_block *b, uint64_t chunk)
 {
     bitmap_set_range(&b->received, chunk << CHUNK_PAGES_BITS,
-                     pages_of(b, chunk));
+                     block_chunk_pages(b, chunk));
 }
 
 struct result prepare_expect_untrusted(struct destination *d,
@@ -75,7 +68,7 @@ static bool has_begun(const struct ram_block *b, uint64_t chunk)
  */
 static void prepare_chunk(struct ram_block *b, uint64_t chunk)
 {
-    if (block_is_huge(b) || pages_of(b, chunk) < CHUNK_PAGES ||
+    if (block_is_huge(b) || block_chunk_pages(b, chunk) < CHUNK_PAGES ||
         has_begun(b, chunk) || !allocate_chunk(b, chunk)) {
         return;
     }

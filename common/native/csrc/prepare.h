@@ -2,9 +2,10 @@
  * Memory made ready before its pages arrive.
  *
  * Allocating a page when it is received costs more than receiving it. A source
- * that knows says beforehand, by chunks of 2 MiB, what its RAM looks like; where
- * it holds data throughout, a chunk is allocated as one huge page, which costs a
- * quarter of 512 small ones, and its pages are then copied into our mapping.
+ * that knows says beforehand, by chunks of 2 MiB, what its RAM looks like;
+ * where it holds data throughout, a chunk is allocated as one huge page, which
+ * costs a quarter of 512 small ones, and its pages are then copied into our
+ * mapping.
  *
  * A chunk cannot be made one huge page any more once the guest's mapping is
  * registered with a userfaultfd and the chunk has holes, so all of this ends

@@ -99,6 +99,15 @@ static inline uint64_t block_chunks(const struct ram_block *b)
     return (b->length + CHUNK_SIZE - 1) >> CHUNK_BITS;
 }
 
+/* Target pages in a chunk; the last one may be cut off. */
+static inline uint64_t block_chunk_pages(const struct ram_block *b,
+                                         uint64_t chunk)
+{
+    uint64_t left = block_pages(b) - (chunk << CHUNK_PAGES_BITS);
+
+    return left < CHUNK_PAGES ? left : CHUNK_PAGES;
+}
+
 static inline unsigned block_pages_bits(const struct ram_block *b)
 {
     return b->host_bits - TARGET_PAGE_BITS;
