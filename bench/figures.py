@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,6 +58,15 @@ class Figures:
     faults_per_second: float | None = None
     phases: dict[str, dict[str, float]] = field(default_factory=dict)
     """Parts of a fault or of the downtime, as the contender itself tells them."""
+
+    @classmethod
+    def of(cls, told: dict[str, Any]) -> Figures:
+        """From what `asdict` made of it; other members are left out."""
+        known = {field.name: told[field.name] for field in fields(cls)}
+        known["processes"] = {r: Process(**p) for r, p in told["processes"].items()}
+        if told["latency"]:
+            known["latency"] = Latency(**told["latency"])
+        return cls(**known)
 
     @property
     def throughput(self) -> float:

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from cases import GIB, MIB, by_name
+from cases import GIB, MIB, POSTCOPYD, by_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -110,6 +110,18 @@ class Results:
         )
         known = [value for value in values if value is not None]
         return statistics.median(known) if known else None
+
+    def phase(self, case: str, group: str, part: str) -> float | None:
+        """Median of what postcopyd tells about itself; None if it does not."""
+        told = [f.phases.get(group, {}).get(part) for f in self.of(case, POSTCOPYD)]
+        known = [value for value in told if value is not None]
+        return statistics.median(known) if known else None
+
+    def parts(self, case: str, group: str) -> list[str]:
+        """Their names, in order."""
+        for figures in self.of(case, POSTCOPYD):
+            return list(figures.phases.get(group, {}))
+        return []
 
 
 def distribution(

@@ -31,6 +31,7 @@ import postcopyd
 import qemu
 import table
 from cases import CASES, GIB, LIMIT, MIB, POSTCOPYD, QEMU, by_name
+from figures import Figures
 from metrics import METRICS, Results
 from relay import LINKS
 from support import hugepages
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from cases import Case
-    from figures import Figures
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 OUTPUT: Final = ROOT / "build" / "bench"
@@ -54,6 +54,9 @@ CONTENDERS: Final[dict[str, Callable[..., Figures]]] = {
 def main() -> int:
     wanted = arguments()
     OUTPUT.mkdir(parents=True, exist_ok=True)
+    if wanted.again:
+        write(read())
+        return 0
     results = Results()
     load = os.getloadavg()[0]
     if load > BUSY_LOAD:
@@ -74,6 +77,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument(
         "--contender", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS)
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="draw the last results, measure nothing"
     )
     return parser.parse_args()
 
@@ -143,6 +149,10 @@ def write(results: Results) -> None:
     for suffix, (drawn, head, errors) in tables.items():
         text = head + drawn(table.header(), lines, texts=2)
         text += "\n\n" + drawn(table.GOAL_HEADER, told, texts=2)
+        text += "\n\n" + drawn(table.PHASE_HEADER, table.phase_rows(results), texts=2)
+        text += "\n\n" + drawn(
+            table.DOWNTIME_HEADER, table.downtime_rows(results), texts=2
+        )
         text += "".join(f"\n\nFAILED {error}" for error in errors) + "\n"
         (OUTPUT / f"table.{suffix}").write_text(text)
     (OUTPUT / "results.json").write_text(json.dumps(as_json(results, outcomes)))
@@ -170,6 +180,13 @@ def as_json(results: Results, outcomes: list[goals.Outcome]) -> dict[str, Any]:
         "goals": [asdict(o) | {"text": o.goal.text} for o in outcomes],
         "errors": results.errors,
     }
+
+
+def read() -> Results:
+    """What the last run wrote."""
+    told = json.loads((OUTPUT / "results.json").read_text())
+    figures = [Figures.of(f) for f in told["figures"]]
+    return Results(figures, told["errors"], told["round_trips"])
 
 
 if __name__ == "__main__":

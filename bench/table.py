@@ -70,6 +70,44 @@ def goal_rows(outcomes: Sequence[Outcome]) -> list[Row]:
     ]
 
 
+# In the order of the way: at the destination, at the source, and back again.
+PHASES: Final = ("request", "queue", "send", "reply", "place", "wake")
+PHASE_HEADER: Final[Row] = ("case", "phase", "mean us", "p50 us", "p90 us", "p99 us")
+DOWNTIME_HEADER: Final[Row] = ("case", "part", "ms")
+
+
+def phase_rows(results: Results) -> list[Row]:
+    """Where the time of a fault went, as postcopyd's query-migrate has it.
+
+    `reply` holds `queue` and `send`; what is left of it is the network, both ways,
+    and the wake-ups at its ends, which nobody can time by one clock.
+    """
+    lines = []
+    for case in CASES:
+        if not results.phase(case.name, "fault: reply", "count"):
+            continue
+        means = {}
+        for name in PHASES:
+            figures = [
+                results.phase(case.name, f"fault: {name}", part)
+                for part in ("mean", "p50", "p90", "p99")
+            ]
+            means[name] = figures[0] or 0.0
+            lines.append((case.name, name, *map(number, figures)))
+        wire = means["reply"] - means["queue"] - means["send"]
+        lines.append((case.name, "wire", number(wire), *[NOTHING] * 3))
+    return lines
+
+
+def downtime_rows(results: Results) -> list[Row]:
+    """What the downtime was spent on, as postcopyd's query-migrate has it."""
+    return [
+        (case.name, part, number(results.phase(case.name, "downtime", part)))
+        for case in CASES
+        for part in results.parts(case.name, "downtime")
+    ]
+
+
 GOAL_HEADER: Final[Row] = ("", "goal", "value", "", "")
 
 

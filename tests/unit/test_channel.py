@@ -411,3 +411,21 @@ async def test_cancelled_accept(tmp_path: Path) -> None:
     with suppress(HostError):
         await listener.open()
     listener.close()
+
+
+# --- congestion control -----------------------------------------------------------
+
+
+async def test_congestion_control_is_chosen() -> None:
+    listener = Listener(Tcp("127.0.0.1", "0"))
+    await listener.open()
+    [bound] = listener.describe()
+    there = Tcp("127.0.0.1", str(bound["port"]))
+    channel = await connect(there, "main", congestion="reno")
+    with socket.socket(fileno=os.dup(channel.native.fd)) as sock:
+        name = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+    assert name.rstrip(b"\0") == b"reno"
+    channel.close()
+    with pytest.raises(ChannelLost, match=r"'nonsense'.*tcp_allowed"):
+        await connect(there, "main", congestion="nonsense")
+    listener.close()

@@ -114,14 +114,8 @@ static void look_at_chunk(struct extent *e, const struct ram_block *b,
 static bool look_for_hole(struct extent *e, const struct ram_block *b,
                           uint64_t offset)
 {
-    off_t data = lseek(b->fd, (off_t)offset, SEEK_DATA);
-
-    if (data < 0) {
-        /* ENXIO: a hole up to the end. Else the file system can't tell. */
-        data = errno == ENXIO ? (off_t)b->length : (off_t)offset;
-    }
     e->hole_start = offset;
-    e->hole_end = (uint64_t)data;
+    e->hole_end = ram_next_data(b, offset);
     return e->hole_end > offset;
 }
 

@@ -116,18 +116,34 @@ static bool chunk_is_dirty(const struct ram_block *b, uint64_t chunk)
                           block_chunk_pages(b, chunk));
 }
 
-/* Runs of chunks of which something is clean; what is dirty stays dirty. */
+/* Is there something in it that a scan could find? What is dirty stays so. */
+static bool is_worth_a_scan(const struct ram_block *b, uint64_t chunk,
+                            uint64_t *data)
+{
+    uint64_t start = chunk << CHUNK_BITS;
+
+    if (chunk_is_dirty(b, chunk)) {
+        return false;
+    }
+    /* Nobody wrote where the file has a hole. */
+    if (*data < start) {
+        *data = ram_next_data(b, start);
+    }
+    return *data < start + CHUNK_SIZE;
+}
+
 static struct result scan_what_is_clean(struct dirty *d, struct ram_block *b,
                                         uint64_t *pages)
 {
     uint64_t chunks = block_chunks(b);
+    uint64_t data = ram_next_data(b, 0);
 
     for (uint64_t chunk = 0; chunk < chunks; chunk++) {
         uint64_t first = chunk;
         uint64_t end;
         struct result r;
 
-        while (chunk < chunks && !chunk_is_dirty(b, chunk)) {
+        while (chunk < chunks && is_worth_a_scan(b, chunk, &data)) {
             chunk++;
         }
         end = chunk < chunks ? chunk << CHUNK_BITS : b->length;

@@ -2,25 +2,12 @@
 
 #include "zero.h"
 
-#include <errno.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 /* A full chunk may lack this many pages: 3 % more memory at the other end. */
 #define LACKING 16
 /* Memory that was touched and still is zero is not worth preparing. */
 #define SAMPLES 8
-
-/* First byte at or after `offset` that may hold data, in bytes. */
-static uint64_t next_data(const struct ram_block *b, uint64_t offset)
-{
-    off_t data = lseek(b->fd, (off_t)offset, SEEK_DATA);
-
-    if (data < 0) {
-        return errno == ENXIO ? b->length : offset;
-    }
-    return (uint64_t)data < b->length ? (uint64_t)data : b->length;
-}
 
 static bool samples_hold_data(const uint8_t *chunk)
 {
@@ -59,14 +46,14 @@ static enum chunk_kind touched_kind(struct ram_block *b, uint64_t chunk)
 void layout_look(struct ram_block *b, uint64_t first, uint8_t *kinds,
                  uint64_t count)
 {
-    uint64_t data = next_data(b, first << CHUNK_BITS);
+    uint64_t data = ram_next_data(b, first << CHUNK_BITS);
 
     for (uint64_t i = 0; i < count; i++) {
         uint64_t start = (first + i) << CHUNK_BITS;
         uint64_t end = start + CHUNK_SIZE;
 
         if (data < start) {
-            data = next_data(b, start);
+            data = ram_next_data(b, start);
         }
         if (data >= (end < b->length ? end : b->length)) {
             kinds[i] = CHUNK_EMPTY;

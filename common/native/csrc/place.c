@@ -190,7 +190,7 @@ static struct result map_range(struct destination *d, struct ram_block *b,
 
 static struct result copy_pages(struct destination *d, struct ram_block *b,
                                 uint64_t host, const struct iovec *iov,
-                                uint32_t count)
+                                uint32_t count, struct arrival *at)
 {
     for (uint32_t i = 0; i < count; i++) {
         struct result r =
@@ -201,6 +201,7 @@ static struct result copy_pages(struct destination *d, struct ram_block *b,
             return r;
         }
     }
+    arrival_filled(at); /* and the guest was woken in the same step */
     mark_received(b, host, count);
     return result_ok();
 }
@@ -225,7 +226,7 @@ struct result place_pages(struct destination *d, struct ram_block *b,
 {
     struct arrival at = arrive(d);
     struct result r = d->way == PLACE_COPY ?
-                          copy_pages(d, b, host, iov, count) :
+                          copy_pages(d, b, host, iov, count, &at) :
                           write_pages(d, b, host, iov, count, &at);
 
     if (RESULT_IS_OK(r)) {
@@ -295,7 +296,7 @@ struct result place_huge(struct destination *d, struct ram_block *b,
     struct result r = result_ok();
 
     if (d->way == PLACE_COPY) {
-        r = copy_pages(d, b, host, &iov, 1);
+        r = copy_pages(d, b, host, &iov, 1, &at);
     } else {
         bitmap_test_and_set(&b->populated, host);
         mark_received(b, host, 1);

@@ -323,7 +323,7 @@ static uint32_t postcopy_pages(struct source *s)
  * than the fault would.
  */
 #define FAULTS_COME_NS UINT64_C(300000)
-#define PAUSE_NS 20000L
+#define PAUSE_NS 30000L
 
 static void pause_for_faults(struct source *s)
 {

@@ -5,6 +5,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 struct result ram_open(struct ram *ram, uint32_t capacity)
 {
@@ -220,4 +221,14 @@ uint64_t ram_largest_page(const struct ram *ram)
         }
     }
     return size;
+}
+
+uint64_t ram_next_data(const struct ram_block *b, uint64_t offset)
+{
+    off_t data = lseek(b->fd, (off_t)offset, SEEK_DATA);
+
+    if (data < 0) {
+        return errno == ENXIO ? b->length : offset;
+    }
+    return (uint64_t)data < b->length ? (uint64_t)data : b->length;
 }

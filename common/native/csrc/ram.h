@@ -79,6 +79,11 @@ struct result ram_prepare_destination(struct ram *ram);
 
 /* NULL if there is no such block. `name` needs no terminator. */
 struct ram_block *ram_find(struct ram *ram, const void *name, size_t length);
+/*
+ * First byte at or after `offset` of the block's file that may hold data; its
+ * length if there is none. A file system that cannot tell says `offset`.
+ */
+uint64_t ram_next_data(const struct ram_block *b, uint64_t offset);
 /* Of all blocks' host pages; bytes. */
 uint64_t ram_largest_page(const struct ram *ram);
 /* The block that the guest's process maps at `address`, or NULL. */

@@ -2,9 +2,9 @@
 
 #include <errno.h>
 #include <sched.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <sys/prctl.h>
-#include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -23,17 +23,34 @@ struct attributes {
     uint64_t period;
 };
 
+/* Whoever runs us as a real-time or an idle thread has said what he wants. */
+static bool is_ordinary(const struct attributes *a)
+{
+    return a->policy == SCHED_OTHER || a->policy == SCHED_BATCH;
+}
+
 void turn_take(enum turn turn)
 {
+    static _Thread_local struct attributes usual; /* size 0: not known yet */
     int before = errno;
-    struct attributes wanted = {
-        .size = sizeof(wanted),
-        .policy = turn == TURN_BULK ? SCHED_BATCH : SCHED_OTHER,
-        .nice = getpriority(PRIO_PROCESS, 0), /* of this thread, in Linux */
-        .runtime = turn == TURN_URGENT ? SLICE_URGENT_NS : 0,
-    };
+    struct attributes wanted;
 
-    (void)syscall(SYS_sched_setattr, 0, &wanted, 0);
+    if (!usual.size &&
+        syscall(SYS_sched_getattr, 0, &usual, sizeof(usual), 0)) {
+        usual.size = 0;
+    }
+    if (usual.size && is_ordinary(&usual)) {
+        wanted = usual;
+        wanted.size = sizeof(wanted);
+        wanted.flags = 0;
+        if (turn == TURN_BULK) {
+            wanted.policy = SCHED_BATCH;
+        }
+        if (turn == TURN_URGENT) {
+            wanted.runtime = SLICE_URGENT_NS;
+        }
+        (void)syscall(SYS_sched_setattr, 0, &wanted, 0);
+    }
     /* The bulk pauses for less than the usual slack; 0 is the usual one. */
     (void)prctl(PR_SET_TIMERSLACK, turn == TURN_BULK ? SLACK_BULK_NS : 0);
     errno = before;
