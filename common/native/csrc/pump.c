@@ -204,14 +204,14 @@ static bool next_owed(struct source *s, struct ram_block **block,
     return false;
 }
 
-static bool fill_postcopy(struct source *s, struct batch *batch, uint32_t most)
+static bool fill_postcopy(struct source *s, struct batch *batch, uint64_t most)
 {
     struct ram_block *b;
     uint64_t host;
 
     batch_begin_part(batch, s->section_id);
     urgent_take_hint(s);
-    while (batch->pages < most && next_owed(s, &b, &host)) {
+    while (batch_bytes(batch) < most && next_owed(s, &b, &host)) {
         if (batch->pages + block_pages_per_host(b) > BATCH_PAGES) {
             s->cursor_page = host; /* it opens the next batch */
             break;
@@ -306,14 +306,14 @@ static struct result wait_for_turn(struct source *s)
     return RESULT_IS_OK(r) ? channel_wait_room(s->main) : r;
 }
 
-static uint32_t postcopy_pages(struct source *s)
+/* Bytes of one part: zero pages count for what they take on the wire. */
+static uint64_t postcopy_bytes(struct source *s)
 {
-    uint64_t pages = flow_piece(&s->flow) >> TARGET_PAGE_BITS;
+    uint64_t bytes = flow_piece(&s->flow);
+    uint64_t limited = (uint64_t)batch_size(s, POSTCOPY_BATCH_PAGES)
+                       << TARGET_PAGE_BITS;
 
-    if (pages > POSTCOPY_BATCH_PAGES) {
-        pages = POSTCOPY_BATCH_PAGES;
-    }
-    return batch_size(s, pages ? (uint32_t)pages : 1);
+    return bytes < limited ? bytes : limited;
 }
 
 /*
@@ -343,7 +343,7 @@ static struct result send_owed(struct source *s)
         struct result r = wait_for_turn(s);
 
         if (RESULT_IS_OK(r) &&
-            !fill_postcopy(s, &s->batch, postcopy_pages(s))) {
+            !fill_postcopy(s, &s->batch, postcopy_bytes(s))) {
             break;
         }
         if (RESULT_IS_OK(r)) {
