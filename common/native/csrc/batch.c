@@ -8,7 +8,6 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#define PREFETCH (8 * TARGET_PAGE_SIZE)
 /* A page's head and its data, the section's head and tail, a mark. */
 #define BATCH_IOVS (2 * BATCH_PAGES + 3)
 #define BATCH_HEADS                                                    \
@@ -150,8 +149,6 @@ bool batch_add_page(struct batch *batch, struct extent *e,
     const uint8_t *data = b->map + offset;
     bool hole = is_hole(e, b, page);
 
-    /* The pages behind it are probably next, and far from the cache. */
-    __builtin_prefetch(data + PREFETCH);
     add_record(batch, b, offset, hole || page_is_zero(data) ? NULL : data);
     return hole;
 }
