@@ -104,6 +104,7 @@ class Player:
     folder: Path
     said: list[Any] = field(default_factory=list)
     events: list[Any] = field(default_factory=list)
+    _unmet: list[Any] = field(default_factory=list)
 
     def play(self, scenario: Scenario) -> None:
         with ExitStack() as stack:
@@ -155,8 +156,11 @@ class Player:
             "event": step.event,
             **({"data": dict(step.data)} if step.data else {}),
         }
-        while not any(wanted.items() <= event.items() for event in self.events):
+        while not any(wanted.items() <= event.items() for event in self._unmet):
             assert self._message() is not None, f"{wanted} does not come"
+        # Each wait is for an event of its own, whatever came in between.
+        met = next(e for e in self._unmet if wanted.items() <= e.items())
+        self._unmet.remove(met)
 
     def _message(self) -> Any:
         line = self._lines.readline()
@@ -166,6 +170,7 @@ class Player:
         message.pop("timestamp", None)
         if message.get("event") not in (None, "MIGRATION_PASS"):
             self.events.append(message)
+            self._unmet.append(message)
         return message
 
 
