@@ -27,6 +27,7 @@ FILES: Final = (*schema.FILES, "config.json")
 
 DEFAULT_MACHINE = "postcopyd-1"
 PARKED_MACHINE = "none"  # QEMU's machine without CPUs and devices
+PEER_TIMEOUT_MAX: Final = 3600  # seconds
 # What `FileDescriptorName=` calls the control sockets in our .socket units.
 CONTROL_SOCKET: Final = "control"
 
@@ -295,6 +296,17 @@ def guest_config(
         append=getattr(found, "append", ""),
         serial=found.serial,
         paused=getattr(found, "paused", False),
+    )
+
+
+def tuning_config(parser: argparse.ArgumentParser, found: argparse.Namespace) -> Tuning:
+    """What both sides may ask of their hosts; a usage error ends here."""
+    if not 0 <= found.peer_timeout <= PEER_TIMEOUT_MAX:
+        parser.error(f"--peer-timeout must be 0 to {PEER_TIMEOUT_MAX}")
+    return Tuning(
+        awake=not found.let_sleep,
+        congestion=getattr(found, "congestion", None),
+        peer_timeout=found.peer_timeout,
     )
 
 

@@ -8,8 +8,8 @@ from common.config import (
     guest_config,
     parse_options,
     question,
+    tuning_config,
 )
-from common.tuning import Tuning
 
 
 def parse(arguments: list[str] | None = None) -> ServeConfig | Question:
@@ -28,6 +28,6 @@ def parse(arguments: list[str] | None = None) -> ServeConfig | Question:
         incoming=found.incoming,
         copy=found.place == "copy",
         overcommit=found.overcommit,
-        tuning=Tuning(awake=not found.let_sleep),
+        tuning=tuning_config(serve, found),
         parameters=found.parameters,
     )

@@ -8,8 +8,8 @@ from common.config import (
     guest_config,
     parse_options,
     question,
+    tuning_config,
 )
-from common.tuning import Tuning
 
 
 def parse(arguments: list[str] | None = None) -> ServeConfig | Question:
@@ -28,7 +28,7 @@ def parse(arguments: list[str] | None = None) -> ServeConfig | Question:
         qmp_group=found.qmp_group,
         track=found.dirty_tracking != "none",
         preempt_early=found.preempt_early,
-        tuning=Tuning(awake=not found.let_sleep, congestion=found.congestion),
+        tuning=tuning_config(serve, found),
         parameters=found.parameters,
     )
 
