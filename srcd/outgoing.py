@@ -155,7 +155,7 @@ class OutgoingMigration:
     @property
     def pausable(self) -> bool:
         """Not while the guest is being handed over: COMMIT must not be lost."""
-        return bool(self.times.handed_over)
+        return bool(self.times.handed_over) or self.status.now is M.POSTCOPY_RECOVER
 
     def pause(self) -> None:
         """Break the connection of a postcopy; only while `pausable`."""
@@ -472,6 +472,8 @@ class OutgoingMigration:
             self._break(why)
             raise why
         self.status.set(M.POSTCOPY_ACTIVE)
+        if not self.times.handed_over:  # COMMIT was lost, and RESUME is as good
+            self._handed_over()
         await self.pump.postcopy()
         await self._end_postcopy()
 

@@ -11,7 +11,7 @@ import random
 import socket
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.daemons import (
@@ -22,7 +22,7 @@ from support.daemons import (
     assert_unharmed,
     prepare,
 )
-from support.relay import Link, Relay, Trap
+from support.relay import Cable, Link, Relay, Trap
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -49,11 +49,11 @@ both_ways = pytest.mark.parametrize(
 
 @dataclass(frozen=True)
 class Ends:
-    """A migration in postcopy, through a relay."""
+    """A migration in postcopy, through a relay or over a cable."""
 
     src: Source
     dst: Destination
-    relay: Relay
+    relay: Any
     before: Report
     preempt: bool
 
@@ -98,13 +98,20 @@ class Ends:
 
 @contextlib.contextmanager
 def in_postcopy(
-    directory: Path, capabilities: tuple[str, ...], *options: str
+    directory: Path,
+    capabilities: tuple[str, ...],
+    *options: str,
+    network: Any = Relay,
+    only_source: tuple[str, ...] = GUEST,
+    only_destination: tuple[str, ...] = LITTLE,
 ) -> Iterator[Ends]:
     """All of the guest's memory is owed, and some of it has come."""
     with (
-        Relay() as relay,
-        Source(directory, *GUEST, *options) as src,
-        Destination(directory, *LITTLE, *options) as dst,
+        network() as relay,
+        Source(directory, *only_source, *options, wrapper=relay.wrapper) as src,
+        Destination(
+            directory, *only_destination, *options, wrapper=relay.wrapper
+        ) as dst,
     ):
         before = src.wait_filled()
         prepare(src, dst, *capabilities)
@@ -302,3 +309,54 @@ def test_many_cuts(private_dir: Path, capabilities: tuple[str, ...]) -> None:
         ends.complete()
         assert ends.src.statuses.count("postcopy-paused") == CUT_TIMES
         assert ends.dst.statuses.count("postcopy-paused") == CUT_TIMES
+
+
+@pytest.mark.netns
+@both_ways
+def test_silent_death(private_dir: Path, capabilities: tuple[str, ...]) -> None:
+    """The cable is out: nobody says anything, and both notice it in time."""
+    options = ("--peer-timeout", "2")
+    with in_postcopy(private_dir, capabilities, *options, network=Cable) as ends:
+        cut = time.monotonic()
+        ends.relay.pull_out()
+        ends.assert_paused()
+        # Keepalive looks once a second; the source gives the peer's last words
+        # two more.
+        assert time.monotonic() - cut < 8
+        ends.relay.plug_in()
+        ends.recover()
+        ends.complete()
+
+
+def test_recovery_with_copied_pages(private_dir: Path) -> None:
+    """As on kernels before 5.14."""
+    copy = (*LITTLE, "--place", "copy")
+    with in_postcopy(private_dir, PREEMPT, only_destination=copy) as ends:
+        reset(0, 1)(ends)
+        ends.assert_paused()
+        ends.recover()
+        ends.complete()
+        assert ends.dst.ours["way"] == "copy"
+
+
+@pytest.mark.hugepages
+@both_ways
+def test_recovery_of_huge_pages(
+    private_dir: Path,
+    reserve_hugepages: Callable[[int], None],
+    capabilities: tuple[str, ...],
+) -> None:
+    """Of a huge page under way nothing is left, and it comes again."""
+    reserve_hugepages(2 * 32)
+    huge = ("--memory", "64M", "--hugepages", "2M")
+    with in_postcopy(
+        private_dir, capabilities, only_source=huge, only_destination=huge
+    ) as ends:
+        for _ in range(3):
+            ends.wait_pages(1)
+            ends.relay.links[-1].reset()
+            ends.assert_paused()
+            ends.recover()
+            ends.wait_both("postcopy-active")
+        ends.complete()
+        assert ends.src.ours["urgent-pages"] % 512 == 0

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
+import subprocess
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -74,6 +75,8 @@ class Link:
 
 class Relay:
     """Listens on a port of its own; leaving the context breaks every link."""
+
+    wrapper: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         self.links: list[Link] = []
@@ -156,3 +159,41 @@ class Trap:
                 if self._hang_up:
                     end.recv(1)
                     end.shutdown(socket.SHUT_RDWR)
+
+
+class Cable:
+    """A network namespace for both ends, where everything can get lost silently.
+
+    `wrapper` starts a program in it.
+    """
+
+    def __enter__(self) -> Self:
+        self._holder = subprocess.Popen(
+            ["unshare", "--net", "sh", "-c", "ip link set lo up && echo && read x"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert self._holder.stdout is not None
+        self._holder.stdout.readline()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._holder.communicate()
+
+    @property
+    def wrapper(self) -> tuple[str, ...]:
+        return ("nsenter", "--net", "--target", str(self._holder.pid))
+
+    def to(self, uri: str) -> str:
+        return uri
+
+    def pull_out(self) -> None:
+        """Packets vanish: no end, no reset, no error."""
+        chain = "{ type filter hook output priority 0; policy drop; }"
+        self._nft(f"add table inet cable; add chain inet cable out {chain}")
+
+    def plug_in(self) -> None:
+        self._nft("delete table inet cable")
+
+    def _nft(self, rules: str) -> None:
+        subprocess.run([*self.wrapper, "nft", rules], check=True)
