@@ -135,17 +135,26 @@ class Channel:
         if status:
             raise HostError(f"the command at the channel's end failed: status {status}")
 
-    async def drain(self) -> None:
+    async def drain(self) -> bool:
         """Tell the peer that no more comes, and wait until it has closed.
 
         A socket that is closed with unread bytes in it loses what was written
-        last; SHUT must not be lost.
+        last; SHUT must not be lost. False: perhaps it is.
         """
         with trio.move_on_after(DRAIN_SECONDS), suppress(MigrationError, OSError):
             await self.finish()
             self._shutdown(socket.SHUT_WR)
-            while self.native.is_socket and not await self.at_end():
+            return not self.native.is_socket or await self._closed_by_peer()
+        return False
+
+    async def _closed_by_peer(self) -> bool:
+        """Wait for the end, whatever comes before it; false if it is another one."""
+        try:
+            while await run_loop(lambda: lib.channel_fill(self.native, 1), self.stop):
                 lib.channel_skip(self.native)
+        except ChannelLost as error:
+            return error.errno is None
+        return False
 
     def shutdown(self) -> None:
         """Break the connection and end every loop on it."""

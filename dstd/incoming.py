@@ -132,6 +132,7 @@ class IncomingMigration:
         self._standing: trio.Nursery
         self._loaded = False  # PONG 3 has left: the source may give the guest up
         self._running = trio.Event()
+        self._told = False  # SHUT 0 has arrived for certain
         self._link: Connection | None = None
         self._connected = False
         self._waiting = trio.CancelScope()  # for a source that resumes
@@ -198,6 +199,8 @@ class IncomingMigration:
                 while self.status.now is M.POSTCOPY_PAUSED:
                     await self._come_back()
                 self._standing.cancel_scope.cancel()
+            if self.postcopy.now is P.END:
+                await self._tell_again(self._listener)
         except BaseException as error:
             cause = cause_of(error)
             if cause is None:
@@ -549,10 +552,38 @@ class IncomingMigration:
         await self._run_guest()
         nursery.start_soon(self.memory.sweep)
 
+    async def _tell_again(self, listener: Listener) -> None:
+        """All is here, but the source may not know: tell it if it comes back."""
+        while not self._told:
+            main = await listener.accept("main")
+            link = Connection(main, self.memory, self._link)
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._accept_more, link)
+                    with trio.move_on_after(self._tuning.patience):
+                        await self._confirm(link)
+                    nursery.cancel_scope.cancel()
+            except BaseException as error:
+                if cause_of(error) is None:
+                    raise
+            finally:
+                link.main.stop.set()
+                link.close()
+
+    async def _confirm(self, link: Connection) -> None:
+        """A recovery in which nothing is owed any more, up to SHUT 0."""
+        await link.peer.wait_for_resume(self.memory)
+        await link.peer.say(returnpath.ResumeAck())
+        while await link.loader.sections() is not None:
+            if await link.peer.next_kind() == c.QEMU_VM_EOF:
+                self._told = await link.peer.done()
+                return
+            await self._command(link, await link.peer.command())
+
     # -- the ends
 
     async def _complete(self, link: Connection) -> None:
-        await link.peer.done()
+        self._told = await link.peer.done()
         self.error = None
         self.status.set(M.COMPLETED)
 

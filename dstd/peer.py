@@ -105,15 +105,16 @@ class Peer:
             self._let_go = True
             await self.say(returnpath.Shut(0))
 
-    async def done(self) -> None:
+    async def done(self) -> bool:
         """The guest runs here. What is said last must not be lost, but if the
-        connection is, that changes nothing any more.
+        connection is, that changes nothing any more. False: perhaps it was.
         """
         try:
             await self.let_go()
         except ChannelLost as error:
             log.warning("the source may not know that all has arrived: %s", error)
-        await self._main.drain()
+            return False
+        return await self._main.drain()
 
     async def tell(self, error: MigrationError) -> None:
         """Say why and that it is over; the source goes on with its guest."""

@@ -132,6 +132,26 @@ async def test_nothing_is_owed_any_more(capabilities: tuple[str, ...]) -> None:
         both.assert_equal()
 
 
+@both_ways
+async def test_the_last_word_was_lost(capabilities: tuple[str, ...]) -> None:
+    """The destination has completed and tells a source that comes back."""
+    with pair(4 * MIB, *capabilities) as both:
+        complete = both.incoming._complete
+
+        async def lose_it(link: incoming.Connection) -> None:
+            link.break_connection()
+            await complete(link)
+
+        both.incoming._complete = lose_it  # type: ignore[method-assign]
+        async with postcopy(both) as (source, destination):
+            await source.wait(M.POSTCOPY_PAUSED)
+            await destination.wait(M.COMPLETED)
+            both.outgoing.resume(address.Tcp("127.0.0.1", port_of(both)))
+            await source.wait(M.COMPLETED)
+            assert destination.seen[-1] is M.COMPLETED
+        both.assert_equal()
+
+
 async def test_order_to_listen_replaces_the_one_before() -> None:
     with pair(4 * MIB, "postcopy-ram") as both:
 
