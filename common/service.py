@@ -77,7 +77,8 @@ async def serve_monitor(
     if isinstance(monitor.guest, AttachedGuest):
         nursery.start_soon(_watch, monitor, monitor.guest)
     notifier = Notifier()
-    nursery.start_soon(_signals, monitor, config, notifier)
+    # Before we are ready: a signal that nobody waits for would kill us.
+    await nursery.start(_signals, monitor, config, notifier)
     nursery.start_soon(beat, notifier, _Progress(monitor, handlers).line)
     task_status.started()
     notifier.ready()
@@ -139,9 +140,16 @@ class _Progress:
             return "query-migrate failed; the log says why"
 
 
-async def _signals(monitor: Monitor, config: ServeConfig, notifier: Notifier) -> None:
+async def _signals(
+    monitor: Monitor,
+    config: ServeConfig,
+    notifier: Notifier,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
     """SIGHUP reads the configuration file again; without one it ends us, too."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as got:
+        task_status.started()
         async for number in got:
             if number == signal.SIGHUP and config.file:
                 notifier.reloading()
