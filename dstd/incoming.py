@@ -133,8 +133,7 @@ class IncomingMigration:
         self._loaded = False  # PONG 3 has left: the source may give the guest up
         self._running = trio.Event()
         self._told = False  # SHUT 0 has arrived for certain
-        self._link: Connection | None = None
-        self._connected = False
+        self._link: Connection | None = None  # the one that is, or was last
         self._waiting = trio.CancelScope()  # for a source that resumes
         self._preparation = trio.CancelScope()
         self._prepared = trio.Event()
@@ -164,7 +163,7 @@ class IncomingMigration:
 
     def pause(self) -> None:
         """Break the connection of a postcopy; only while `pausable`."""
-        if self._link and self._connected:
+        if self._link:
             self._link.break_connection()
 
     async def recover(self, address: Address) -> None:
@@ -215,7 +214,7 @@ class IncomingMigration:
         part: Callable[[Connection, trio.Nursery], Awaitable[None]],
     ) -> None:
         """All that uses one connection, until all has arrived or it fails."""
-        self._link, self._connected = link, True
+        self._link = link
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.guest.wait_gone)
@@ -231,7 +230,6 @@ class IncomingMigration:
             # A request that is being written must not keep us waiting.
             link.main.stop.set()
             self.memory.connect(None)
-            self._connected = False
             link.close()
 
     async def _accept_more(self, link: Connection) -> None:

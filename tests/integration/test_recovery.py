@@ -212,8 +212,20 @@ def closes(ends: Ends) -> None:
         assert trap.taken == 1
 
 
+def talks_garbage(ends: Ends) -> None:
+    """What no destination says, and what only an asked one says."""
+    for says, why in (
+        (b"\0\x63\0\0", "unknown return path message"),
+        (b"\0\x05\0\x05\x04none", "unexpected return path message"),
+        (b"\0\x06\0\x04\0\0\0\x01", "unexpected return path message"),
+        (b"\0\x01\0\x04\0\0\0\x01", "the peer refused"),
+    ):
+        with Trap(says=says) as trap:
+            try_in_vain(ends, trap.uri, why)
+
+
 def says_nothing(ends: Ends) -> None:
-    with Trap(hang_up=False) as trap:
+    with Trap() as trap:
         try_in_vain(ends, trap.uri, "does not answer")
         assert trap.taken == 1
 
@@ -255,7 +267,7 @@ def asks_nonsense(ends: Ends) -> None:
 
 def pause_in_handshake(ends: Ends) -> None:
     """As QEMU's test does: nothing but an order ends it."""
-    with Trap(hang_up=False) as trap:
+    with Trap() as trap:
         ends.src.execute("migrate", uri=trap.uri, resume=True)
         ends.src.wait_status("postcopy-recover")
         assert "error-desc" not in ends.src.query()
@@ -271,6 +283,7 @@ def pause_in_handshake(ends: Ends) -> None:
 IN_VAIN = {
     "wrong-address": (nobody_there, ()),
     "peer-closes": (closes, ()),
+    "peer-talks-garbage": (talks_garbage, ()),
     "peer-is-silent": (says_nothing, SHORT),
     "begins-anew": (begins_anew, ()),
     "source-goes": (source_goes, ()),

@@ -126,10 +126,12 @@ class Relay:
 class Trap:
     """A destination that takes connections and does nothing for them.
 
-    With `hang_up` it closes them at once, otherwise it says nothing.
+    It says `says` when it has read something, closes them if `hang_up`, and is
+    silent then.
     """
 
-    def __init__(self, *, hang_up: bool) -> None:
+    def __init__(self, *, says: bytes = b"", hang_up: bool = False) -> None:
+        self._says = says
         self._hang_up = hang_up
         self._taken: list[socket.socket] = []
 
@@ -156,8 +158,9 @@ class Trap:
             while True:
                 end, _ = self._server.accept()
                 self._taken.append(end)
+                end.recv(1)
+                end.sendall(self._says)
                 if self._hang_up:
-                    end.recv(1)
                     end.shutdown(socket.SHUT_RDWR)
 
 
