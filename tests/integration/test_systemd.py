@@ -321,6 +321,28 @@ def test_uninstalling_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.systemd
+@pytest.mark.parametrize("target", ["install", "uninstall"])
+@pytest.mark.parametrize("prefix", ["/usr/lib", "/", "lib", "."])
+def test_what_is_not_ours_is_not_emptied(
+    target: str, prefix: str, tmp_path: Path
+) -> None:
+    (tmp_path / "usr/lib/other").mkdir(parents=True)
+    before = files_below(tmp_path)
+    done = installed.run_make(target, tmp_path, prefix)
+    assert done.returncode != 0
+    assert "PREFIX must be a folder for the daemons alone" in done.stderr
+    assert files_below(tmp_path) == before
+
+
+@pytest.mark.systemd
+def test_another_prefix(tmp_path: Path) -> None:
+    installed.make("install", tmp_path, "/opt/x/postcopyd")
+    assert os.readlink(tmp_path / "usr/bin/srcd") == "/opt/x/postcopyd/bin/srcd"
+    installed.make("uninstall", tmp_path, "/opt/x/postcopyd")
+    assert files_below(tmp_path) == set()
+
+
+@pytest.mark.systemd
 def test_examples_are_right(destination: Path) -> None:
     examples = destination / "usr/share/doc/postcopyd/examples"
     for program in ("srcd", "dstd"):
@@ -438,7 +460,9 @@ class DestinationUnit(Unit, Destination):
 @contextmanager
 def a_host(destination: Path, folder: Path) -> Iterator[Host]:
     files = unit_files("here", GUEST) | unit_files("there", "--incoming")
-    drop_ins = {"srcd@here.service": QUICK, "dstd@there.service": LOGGED}
+    logged = ("dstd@there", "postcopyd-guest@here", "postcopyd-guest@there")
+    drop_ins = {f"{unit}.service": LOGGED for unit in logged}
+    drop_ins["srcd@here.service"] = QUICK
     with Host(destination, folder, files, drop_ins) as host:
         try:
             yield host
@@ -458,8 +482,10 @@ def started(host: Host, units: Sequence[str]) -> None:
 def test_services_move_a_guest(destination: Path, private_dir: Path) -> None:
     """Under everything that the units forbid, by postcopy, as their user."""
     with a_host(destination, private_dir) as host:
-        # A client is enough: its connection starts the daemon, that one the guest.
         host.systemctl("start", "srcd@here.socket", "dstd@there.socket")
+        for name in ("here", "there"):
+            host.systemctl("start", f"postcopyd-guest@{name}.service")
+        # It is the clients that start the daemons.
         src, dst = SourceUnit(host, "here"), DestinationUnit(host, "there")
         with src.qmp, dst.qmp:
             before = src.wait_report(lambda r: r.filled and r.checked > 0)
@@ -476,6 +502,12 @@ def test_services_move_a_guest(destination: Path, private_dir: Path) -> None:
             assert dst.ours["postcopy-pages"] > 0
             assert dst.ours["way"] == "continue"
             host.wait(src.unit, "StatusText", "completed: 100 % of 64 MiB")
+            src.execute("quit")
+        # A guest that has moved does not come back with its daemon.
+        host.systemctl("stop", "postcopyd-guest@here.service")
+        host.systemctl("restart", "--no-block", src.unit)
+        host.wait(src.unit, "StatusText", "waiting for a guest to attach")
+        assert host.show("postcopyd-guest@here.service", "ActiveState") == "inactive"
 
 
 @pytest.mark.systemd

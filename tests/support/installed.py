@@ -29,8 +29,15 @@ SYSTEMD = Path("/lib/systemd/systemd")
 PATIENCE = 60.0  # seconds
 
 
-def make(target: str, destination: Path) -> None:
+def make(target: str, destination: Path, prefix: str = "") -> None:
     """Run `make install` or `make uninstall`; from wheels alone, without network."""
+    done = run_make(target, destination, prefix)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def run_make(
+    target: str, destination: Path, prefix: str
+) -> subprocess.CompletedProcess[str]:
     # As text: meson finds its programs on the path.
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {
@@ -42,15 +49,15 @@ def make(target: str, destination: Path) -> None:
         f" --no-index --find-links {WHEELS}",
         "WHEELS": str(WHEELS),
     }
-    done = subprocess.run(
-        ["make", "--no-print-directory", target, f"DESTDIR={destination}"],
+    variables = [f"DESTDIR={destination}", f"PREFIX={prefix}"]
+    return subprocess.run(
+        ["make", "--no-print-directory", target, *variables],
         cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # $1: the installed files. $2: an empty folder. $3: what /etc and /run get.
