@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo test lint format types unit native conformance \
-	integration fuzz soak bench clean
+	integration fuzz soak bench clean install uninstall
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
@@ -51,6 +51,12 @@ soak: ## many migrations in a row
 bench: ## measure against QEMU and the kernel; BENCH="--runs 1 --only preempt"
 	@.ci/setup bench
 	@PYTHONPATH=tests .venv/bin/python bench/run.py $(BENCH)
+
+install: ## daemons, units, documents; DESTDIR= PREFIX=/usr/lib/postcopyd
+	@DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" systemd/install
+
+uninstall: ## remove what `make install` put there; the same variables
+	@DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" systemd/install -r
 
 clean: ## remove .venv and everything built
 	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -33,6 +33,8 @@ T = TypeVar("T")
 
 # How long the last message may take to be taken by the peer before we close.
 DRAIN_SECONDS: Final = 10.0
+# In the time in which a silent peer is given up.
+KEEPALIVE_PROBES: Final = 3
 ANY_HOST: Final = ("", "0")
 MAX_UNIX_PATH: Final = 107  # bytes: sun_path of unix(7), less its end
 
@@ -133,17 +135,26 @@ class Channel:
         if status:
             raise HostError(f"the command at the channel's end failed: status {status}")
 
-    async def drain(self) -> None:
+    async def drain(self) -> bool:
         """Tell the peer that no more comes, and wait until it has closed.
 
         A socket that is closed with unread bytes in it loses what was written
-        last; SHUT must not be lost.
+        last; SHUT must not be lost. False: perhaps it is.
         """
         with trio.move_on_after(DRAIN_SECONDS), suppress(MigrationError, OSError):
             await self.finish()
             self._shutdown(socket.SHUT_WR)
-            while self.native.is_socket and not await self.at_end():
+            return not self.native.is_socket or await self._closed_by_peer()
+        return False
+
+    async def _closed_by_peer(self) -> bool:
+        """Wait for the end, whatever comes before it; false if it is another one."""
+        try:
+            while await run_loop(lambda: lib.channel_fill(self.native, 1), self.stop):
                 lib.channel_skip(self.native)
+        except ChannelLost as error:
+            return error.errno is None
+        return False
 
     def shutdown(self) -> None:
         """Break the connection and end every loop on it."""
@@ -187,15 +198,18 @@ async def connect(
     stop: Stop | None = None,
     *,
     congestion: str | None = None,
+    peer_timeout: int = 0,
 ) -> Channel:
     """A channel to `address`; ChannelLost in QEMU's words if that fails.
 
-    `congestion` names a TCP congestion control, see tcp(7).
+    `congestion` names a TCP congestion control, see tcp(7). After `peer_timeout`
+    seconds of silence the channel is lost; 0: when the kernel notices.
     """
     match address:
         case Tcp():
             sock = await _connect_socket(address)
             _control_congestion(sock, congestion)
+            _bound_silence(sock, peer_timeout)
             return Channel(sock, name, stop)
         case Unix() | Vsock():
             return Channel(await _connect_socket(address), name, stop)
@@ -238,6 +252,26 @@ def _control_congestion(fd: int, name: str | None) -> None:
                 f"congestion control '{name}': {error.strerror}; those that can be"
                 " used are in /proc/sys/net/ipv4/tcp_allowed_congestion_control"
             ) from None
+
+
+def _bound_silence(fd: int, seconds: int) -> None:
+    """A TCP peer that acknowledges nothing for so long is gone; 0: as usual.
+
+    Also one that takes nothing for so long, though it acknowledges. Keepalive is
+    for a connection on which nothing is to be acknowledged. Source: tcp(7).
+    """
+    if not seconds:
+        return
+    probe = max(1, seconds // KEEPALIVE_PROBES)
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in (
+            (socket.TCP_KEEPIDLE, probe),
+            (socket.TCP_KEEPINTVL, probe),
+            (socket.TCP_KEEPCNT, KEEPALIVE_PROBES),
+            (socket.TCP_USER_TIMEOUT, seconds * 1000),
+        ):
+            sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 async def _connect_tcp(address: Tcp) -> int:
@@ -355,12 +389,16 @@ def _take(pipe: IO[bytes] | None) -> int:
 
 
 class Listener:
-    """Where a destination waits for its source: one or more sockets, or a file."""
+    """Where a destination waits for its source: one or more sockets, or a file.
 
-    def __init__(self, address: Address) -> None:
+    `peer_timeout` as in `connect`, for the channels that come in.
+    """
+
+    def __init__(self, address: Address, *, peer_timeout: int = 0) -> None:
         self.address = address
+        self._peer_timeout = peer_timeout
         self._sockets: list[trio.socket.SocketType] = []
-        self._path: str | None = None
+        self._path: tuple[str, int] | None = None  # and the inode that we made
         self._only: Channel | None = None  # not accepted yet
 
     @property
@@ -418,7 +456,8 @@ class Listener:
             with suppress(FileNotFoundError):
                 os.unlink(address.path)
         await self._bind(socket.AF_UNIX, address.name)
-        self._path = None if address.abstract else address.path
+        if not address.abstract:
+            self._path = address.path, os.stat(address.path).st_ino
 
     async def _bind(
         self, family: socket.AddressFamily, name: str | tuple[int, int]
@@ -436,11 +475,23 @@ class Listener:
         """The `socket-address` of query-migrate."""
         return [_describe(sock) for sock in self._sockets]
 
+    def is_at(self, address: Address) -> bool:
+        """Whether whoever connects to `address` comes here."""
+        if isinstance(address, Tcp):
+            names = [sock.getsockname() for sock in self._sockets]
+            if (address.host, address.port) in [(n[0], str(n[1])) for n in names]:
+                return True
+            if address.port == "0":  # any other one
+                return False
+        return bool(self._sockets) and address == self.address
+
     async def accept(self, name: str, stop: Stop | None = None) -> Channel:
         """The next channel that comes in; from a file or command there is one."""
         if self._only:
             channel, self._only = self._only, None
             return channel
+        if not self._sockets:
+            await trio.sleep_forever()
         return Channel(await self._accept_socket(), name, stop)
 
     async def _accept_socket(self) -> int:
@@ -455,14 +506,19 @@ class Listener:
             accepted.append(found)
             nursery.cancel_scope.cancel()
 
-        async with trio.open_nursery() as nursery:
-            for sock in self._sockets:
-                nursery.start_soon(wait, sock)
-        for surplus in accepted[1:]:
-            surplus.close()
+        try:
+            async with trio.open_nursery() as nursery:
+                for sock in self._sockets:
+                    nursery.start_soon(wait, sock)
+            fd = accepted.pop(0).detach()
+        finally:
+            for surplus in accepted:
+                surplus.close()
         if isinstance(self.address, Tcp):
-            accepted[0].setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return accepted[0].detach()
+            with socket.socket(fileno=os.dup(fd)) as found:
+                found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _bound_silence(fd, self._peer_timeout)
+        return fd
 
     def close(self) -> None:
         for sock in self._sockets:
@@ -472,8 +528,11 @@ class Listener:
             self._only.close()
             self._only = None
         if self._path:
+            path, inode = self._path
             with suppress(FileNotFoundError):
-                os.unlink(self._path)
+                # Somebody else may listen under this name by now.
+                if os.stat(path).st_ino == inode:
+                    os.unlink(path)
             self._path = None
 
 

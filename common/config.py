@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import grp
 import sys
 import tomllib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from common import address
 from common.guest.parked import RamFile, parse_size
+from common.host import systemd
 from common.qmp import schema
 from common.qmp.session import CommandError
 from common.settings import Settings
 from common.tuning import USUAL, Tuning
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from common.qmp.message import Json
 
@@ -25,6 +27,13 @@ FILES: Final = (*schema.FILES, "config.json")
 
 DEFAULT_MACHINE = "postcopyd-1"
 PARKED_MACHINE = "none"  # QEMU's machine without CPUs and devices
+PEER_TIMEOUT_MAX: Final = 3600  # seconds
+# What `FileDescriptorName=` calls the control sockets in our .socket units.
+CONTROL_SOCKET: Final = "control"
+
+
+class ConfigError(Exception):
+    """A configuration file that cannot be used; one sentence that names it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +63,13 @@ class ServeConfig:
 
     The source has `track` and `preempt_early`; the destination has `incoming`,
     `copy` and `overcommit`. `parameters` are migration parameters to begin with.
+    `sockets` are descriptors of control sockets that the service manager made.
     """
 
     guest: GuestConfig
     qmp: tuple[str, ...]
+    sockets: tuple[int, ...] = ()
+    file: ConfigFile | None = None
     qmp_group: int | None = None
     track: bool = True
     preempt_early: bool = False
@@ -67,44 +79,153 @@ class ServeConfig:
     tuning: Tuning = USUAL
     parameters: Mapping[str, Json] = field(default_factory=dict)
 
+    @property
+    def control(self) -> str:
+        """Where the first control socket is; the built-in guest attaches beside it."""
+        return self.qmp[0] if self.qmp else systemd.path_of(self.sockets[0])
 
-# --- options and file -------------------------------------------------------------
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfigFile:
+    """What a file said when it was read: options by name, migration parameters.
+
+    `kind` is the type of the schema that its options are checked with.
+    """
+
+    path: str
+    kind: str
+    options: Mapping[str, Json]
+    parameters: Mapping[str, Json]
+
+    def again(self) -> ConfigFile:
+        """What it says now; ConfigError if that cannot be used."""
+        return read_file(self.path, self.kind)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """Not to serve, but to answer: is this file right, or can this host migrate?
+
+    `about` is `check` or `check-config`. The file was right if we got here.
+    """
+
+    about: str
+    path: str | None
+    config: ServeConfig | None
+
+
+# --- the file ------------------------------------------------------------------------
+
+
+def read_file(path: str, kind: str) -> ConfigFile:
+    """Read and check a file against the type `kind`; ConfigError names the fault."""
+    try:
+        with open(path, "rb") as file:
+            content = tomllib.load(file)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path}: {reason}") from None
+    parameters = content.pop("parameters", {})
+    known = schema.load(FILES)
+    try:
+        known.object(kind).check_arguments({"qmp": [], **content})
+        known.object("MigrationParameters").check(parameters, "parameters")
+        if parameters:
+            Settings().set_parameters(parameters)
+    except CommandError as error:
+        meant = ""
+        if error.desc.endswith("is unexpected"):
+            meant = _suggestion(known, kind, content, parameters)
+        raise ConfigError(f"{path}: {error.desc}{meant}") from None
+    return ConfigFile(path=path, kind=kind, options=content, parameters=parameters)
+
+
+def _suggestion(
+    known: schema.Schema,
+    kind: str,
+    content: Mapping[str, Json],
+    parameters: Mapping[str, Json],
+) -> str:
+    """What the first name that nobody knows may have been meant to be."""
+    options = [member.name for member in known.object(kind).members]
+    settings = [member.name for member in known.object("MigrationParameters").members]
+    for name in (one for one in content if one not in options):
+        if name in settings:
+            return "; it belongs into the table [parameters]"
+        return _close_to(name, options)
+    for name in (one for one in parameters if one not in settings):
+        return _close_to(name, settings)
+    return ""
+
+
+def _close_to(name: str, names: Sequence[str]) -> str:
+    found = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean '{found[0]}'?" if found else ""
+
+
+# --- options -------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong, and not all that would be right."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def parse_options(
     program: str, description: str, kind: str, words: list[str] | None
 ) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """Read `serve` and its options, which the type `kind` of the schema lists.
+    """Read the verb and, of `serve`, the options that type `kind` lists.
 
     What the file behind `--config` says comes first, as if it were written on
-    the command line. Usage errors end the process with status 2. The namespace
-    has `parameters` besides: the file's, checked.
+    the command line. Usage errors end the process with status 2. With `serve`
+    the namespace has `file` besides, and `sockets` from the service manager.
     """
-    parser = argparse.ArgumentParser(prog=program, description=description)
+    given = sys.argv[1:] if words is None else words
+    sockets = systemd.sockets(CONTROL_SOCKET)
+    parser = _Parser(prog=program, description=description)
     verbs = parser.add_subparsers(dest="verb", required=True)
     serve = verbs.add_parser("serve", help="run the daemon")
-    add_option = serve.add_argument
-    add_option("--config", metavar="FILE", help="options in TOML; these here win")
-    known = schema.load(FILES)
-    described = known.object(kind)
-    for member in described.members:
-        _add_option(serve, member)
-    given = sys.argv[1:] if words is None else words
-    content = _content(serve, _file_named(given))
-    parameters = content.pop("parameters", {})
-    try:
-        described.check_arguments({"qmp": [], **content})
-        known.object("MigrationParameters").check(parameters, "parameters")
-        if parameters:
-            Settings().set_parameters(parameters)
-    except CommandError as error:
-        serve.error(f"--config: {error.desc}")
-    found = parser.parse_args([*given[:1], *_words(content), *given[1:]])
-    found.parameters = parameters
+    serve.add_argument("--config", metavar="FILE", help=_CONFIG)
+    for member in schema.load(FILES).object(kind).members:
+        _add_option(serve, member, enough=bool(sockets) and member.name == "qmp")
+    check = verbs.add_parser("check", help="say whether this host can migrate")
+    check.add_argument(
+        "--config", metavar="FILE", help="what it is to be good enough for"
+    )
+    check_config = verbs.add_parser("check-config", help="say whether a file is right")
+    check_config.add_argument("config", metavar="FILE")
+    if given[:1] != ["serve"]:
+        return serve, parser.parse_args(given)
+    file = _read(serve, _file_named(given), kind)
+    content = _words(file.options) if file else []
+    found = parser.parse_args([*given[:1], *content, *given[1:]])
+    found.file, found.sockets = file, sockets
+    found.parameters = file.parameters if file else {}
     return serve, found
 
 
-def _add_option(parser: argparse.ArgumentParser, member: schema.Member) -> None:
+_CONFIG: Final = "options in TOML; these here win"
+
+
+def question(
+    found: argparse.Namespace, parse: Callable[[list[str]], ServeConfig | Question]
+) -> Question:
+    """What a verb other than `serve` asks; `parse` reads the daemon's command line.
+
+    A file without control sockets is right: in a unit the manager makes them.
+    """
+    path: str | None = found.config
+    config = parse(["serve", "--qmp=", "--config", path]) if path else None
+    assert not isinstance(config, Question)
+    return Question(about=found.verb, path=path, config=config)
+
+
+def _add_option(
+    parser: argparse.ArgumentParser, member: schema.Member, *, enough: bool
+) -> None:
+    """`enough`: it may be left out here, whatever the schema says."""
     option: dict[str, Any] = {"help": member.doc, "default": member.default}
     if member.default:
         option["help"] += f" (default {member.default})"
@@ -118,7 +239,9 @@ def _add_option(parser: argparse.ArgumentParser, member: schema.Member) -> None:
         option["type"] = int
     elif member.name in _READ:
         option["type"] = _READ[member.name]
-    parser.add_argument(f"--{member.name}", required=not member.optional, **option)
+    parser.add_argument(
+        f"--{member.name}", required=not (member.optional or enough), **option
+    )
 
 
 def _file_named(words: list[str]) -> str | None:
@@ -128,14 +251,13 @@ def _file_named(words: list[str]) -> str | None:
     return name
 
 
-def _content(parser: argparse.ArgumentParser, path: str | None) -> dict[str, Any]:
-    if path is None:
-        return {}
+def _read(
+    parser: argparse.ArgumentParser, path: str | None, kind: str
+) -> ConfigFile | None:
     try:
-        with open(path, "rb") as file:
-            return tomllib.load(file)
-    except (OSError, ValueError) as error:
-        parser.error(f"--config: {path}: {error}")
+        return read_file(path, kind) if path else None
+    except ConfigError as error:
+        parser.error(f"--config: {error}")
 
 
 def _words(content: Mapping[str, Json]) -> list[str]:
@@ -174,6 +296,17 @@ def guest_config(
         append=getattr(found, "append", ""),
         serial=found.serial,
         paused=getattr(found, "paused", False),
+    )
+
+
+def tuning_config(parser: argparse.ArgumentParser, found: argparse.Namespace) -> Tuning:
+    """What both sides may ask of their hosts; a usage error ends here."""
+    if not 0 <= found.peer_timeout <= PEER_TIMEOUT_MAX:
+        parser.error(f"--peer-timeout must be 0 to {PEER_TIMEOUT_MAX}")
+    return Tuning(
+        awake=not found.let_sleep,
+        congestion=getattr(found, "congestion", None),
+        peer_timeout=found.peer_timeout,
     )
 
 

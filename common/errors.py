@@ -12,9 +12,9 @@ What each branch does to a migration:
     exception     before the switchover                    in postcopy
     ChannelLost   failed; the guest goes on at the source  postcopy-paused
     StreamError   failed; the guest goes on at the source  postcopy-paused
-    Refused       failed; the guest goes on at the source  never happens
+    Refused       failed; the guest goes on at the source  postcopy-paused
     GuestError    failed                                   failed where it was lost
-    HostError     the command is refused                   never happens
+    HostError     the command is refused                   postcopy-paused
 
 An error carries its evidence as attributes and renders one sentence. Wrong use
 of our own functions is a ValueError and not part of this tree.

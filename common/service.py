@@ -12,8 +12,13 @@ from typing import TYPE_CHECKING
 import trio
 
 from common import address
+from common.config import ConfigError
 from common.errors import MigrationError, cause_of
 from common.guest.attached import AttachedGuest
+from common.host import journal
+from common.host.heartbeat import beat
+from common.host.systemd import Notifier, listening_socket, own_descriptors
+from common.progress import progress_line
 from common.qmp.hmp import HumanMonitor
 from common.qmp.server import QmpServer
 from common.qmp.session import CommandError
@@ -21,21 +26,22 @@ from common.qmp.session import CommandError
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
-    from common.config import ServeConfig
+    from common.config import ConfigFile, ServeConfig
     from common.guest.base import Guest
     from common.monitor import Monitor
     from common.qmp.server import Handler
+
+log = logging.getLogger(__name__)
 
 
 def run(
     program: str, config: ServeConfig, serve: Callable[[ServeConfig], Awaitable[int]]
 ) -> None:
     """Serve and end the process; an error that an operator can mend is one line."""
-    logging.basicConfig(
-        level=logging.INFO,
-        format=f"{program}: %(levelname)s: %(message)s",
-        stream=sys.stderr,
-    )
+    journal.set_up(program)
+    own_descriptors()
+    if config.guest.socket:
+        Notifier().status(f"waiting for a guest to attach at {config.guest.socket}")
     try:
         sys.exit(trio.run(serve, config))
     except (MigrationError, ExceptionGroup, OSError) as error:
@@ -66,11 +72,18 @@ async def serve_monitor(
     monitor.take_descriptor = server.take_descriptor
     for path in config.qmp:
         await nursery.start(server.listen, path)
+    for fd in config.sockets:
+        await nursery.start(server.serve, listening_socket(fd))
     if isinstance(monitor.guest, AttachedGuest):
         nursery.start_soon(_watch, monitor, monitor.guest)
-    nursery.start_soon(_signals, monitor)
+    notifier = Notifier()
+    # Before we are ready: a signal that nobody waits for would kill us.
+    await nursery.start(_signals, monitor, config, notifier)
+    nursery.start_soon(beat, notifier, _Progress(monitor, handlers).line)
     task_status.started()
+    notifier.ready()
     await monitor.quitting.wait()
+    notifier.stopping()
     await server.stop()
     monitor.descriptors.close()
 
@@ -108,7 +121,52 @@ async def _watch(monitor: Monitor, guest: AttachedGuest) -> None:
     monitor.set_run_state("shutdown")
 
 
-async def _signals(monitor: Monitor) -> None:
+class _Progress:
+    """The status line of the service, from what clients are told."""
+
+    def __init__(self, monitor: Monitor, handlers: Mapping[str, Handler]) -> None:
+        self._monitor = monitor
+        self._query = handlers["query-migrate"]
+        self._complained = False
+
+    async def line(self) -> str:
+        try:
+            return progress_line(await self._query({}), self._monitor.run_state)
+        except Exception:
+            # As in QmpServer.execute: no guest is lost because a query was wrong.
+            if not self._complained:
+                log.exception("query-migrate failed")
+            self._complained = True
+            return "query-migrate failed; the log says why"
+
+
+async def _signals(
+    monitor: Monitor,
+    config: ServeConfig,
+    notifier: Notifier,
+    *,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """SIGHUP reads the configuration file again; without one it ends us, too."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as got:
-        async for _ in got:
-            monitor.shut_down("host-signal")
+        task_status.started()
+        async for number in got:
+            if number == signal.SIGHUP and config.file:
+                notifier.reloading()
+                _reload(monitor, config.file)
+                notifier.ready()
+            else:
+                monitor.shut_down("host-signal")
+
+
+def _reload(monitor: Monitor, file: ConfigFile) -> None:
+    """Take the migration parameters of the file; a bad file changes nothing."""
+    try:
+        now = file.again()
+        monitor.settings.set_parameters(now.parameters)
+    except (ConfigError, CommandError) as error:
+        log.error("the configuration stays as it was: %s", error)
+        return
+    log.info("%s: took the migration parameters", file.path)
+    if now.options != file.options:
+        log.warning("%s: what else has changed takes a restart", file.path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import struct
 from contextlib import contextmanager
@@ -24,10 +25,18 @@ class Tuning:
     `awake`: keep processors from sleeping deeply in postcopy, where a fault
     waits for several of them to wake up, one after the other. `congestion`: the
     name of a TCP congestion control for the channels; None is the system's.
+    `peer_timeout`: seconds after which a peer that is not to be heard is gone; 0
+    is never, or when the kernel notices.
     """
 
     awake: bool = True
     congestion: str | None = None
+    peer_timeout: int = 10
+
+    @property
+    def patience(self) -> float:
+        """How long to wait for words that a peer has to say at once; seconds."""
+        return self.peer_timeout or math.inf
 
 
 USUAL: Final = Tuning()

@@ -1,17 +1,24 @@
-"""`dstd`: argv to configuration to the daemon."""
+"""`dstd`: argv to configuration to the daemon, or to an answer."""
 
 from __future__ import annotations
 
+import sys
+
+from common.config import Question
 from dstd.cli import parse
 
 
 def main() -> None:
-    config = parse()
+    asked = parse()
     # Only now: a usage error should not wait for these.
+    if isinstance(asked, Question):
+        from common.host.check import answer
+
+        sys.exit(answer(asked, incoming=True))
     from common.service import run
     from dstd.daemon import serve
 
-    run("dstd", config, serve)
+    run("dstd", asked, serve)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ async def serve(
     """
     async with trio.open_nursery() as nursery:
         guest = await obtain(
-            config.guest, nursery, incoming=True, control=config.qmp[0]
+            config.guest, nursery, incoming=True, control=config.control
         )
         async with responsible_for(guest, config):
             monitor = Monitor(guest, config.guest.name, "inmigrate")

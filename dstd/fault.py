@@ -12,7 +12,8 @@ from common.native._native import ffi, lib
 from common.native.loop import Stop, check, run_loop
 from common.native.ram import Ram
 from common.native.stats import histogram
-from common.stream.constants import LAYOUT_CHUNK
+from common.stream import bitmap
+from common.stream.constants import LAYOUT_CHUNK, TARGET_PAGE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -97,10 +98,7 @@ class Memory:
 
     def expect_untrusted(self, layout: Layout) -> None:
         """What the source says of its RAM; StreamError if that cannot be."""
-        name = layout.block.encode()
-        block = lib.ram_find(self._ram.native, name, len(name))
-        if block == ffi.NULL:
-            raise StreamError("layout of a RAM block that is not here", got=name)
+        block = self._find_untrusted(layout.block)
         check(
             lib.prepare_expect_untrusted(
                 self._native, block, layout.first, layout.kinds, len(layout.kinds)
@@ -135,6 +133,31 @@ class Memory:
         """From here on missing pages make the guest wait."""
         check(lib.destination_listen(self._native))
 
+    def begin_epoch(self) -> None:
+        """The connection is gone: what was on its way is missing again."""
+        check(lib.destination_begin_epoch(self._native))
+
+    def wake(self) -> None:
+        """Whoever waits for a page faults again: the fault loop starts anew."""
+        check(lib.destination_wake(self._native))
+
+    async def ask_again(self, channel: Channel) -> None:
+        """Ask for all that was asked for and is missing, on a new connection."""
+        await run_loop(lambda: lib.fault_ask_again(self._native), channel.stop)
+
+    def received_untrusted(self, name: str) -> bytes:
+        """The received bitmap of a block, as a recovery sends it."""
+        block = self._find_untrusted(name)
+        pages = int(block.length) // TARGET_PAGE_SIZE
+        bits = ffi.buffer(block.received.words, bitmap.size_of(pages))
+        return bitmap.encode(bytes(bits), pages)
+
+    def _find_untrusted(self, name: str) -> CData:
+        block = lib.ram_find(self._ram.native, name.encode(), len(name.encode()))
+        if block == ffi.NULL:
+            raise StreamError("a RAM block that is not here", got=name)
+        return block
+
     async def faults(self) -> None:
         """Answer the guest's faults until cancelled."""
         if self.way != lib.PLACE_FILE:
@@ -144,6 +167,7 @@ class Memory:
 
     async def sweep(self) -> None:
         """Map what came in precopy, so that the guest does not fault on it."""
+        self._sweep_stop.clear()
         await run_loop(
             lambda: lib.place_sweep(self._native, self._sweep_stop.fd),
             self._sweep_stop,
@@ -233,6 +257,10 @@ class Loader:
     def begin(self, section_id: int) -> None:
         """The RAM section has started under this id."""
         self._native.section_id = section_id
+
+    @property
+    def section_id(self) -> int:
+        return int(self._native.section_id)
 
     def advise(self) -> None:
         """Discards are legal from here on."""

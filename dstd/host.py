@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
+
+from common.host.memory import MEMINFO, available
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     from common.guest.base import RamBlock
-
-MEMINFO: Final = Path("/proc/meminfo")
-_KIB: Final = 1024
 
 
 def memory_problem(blocks: Sequence[RamBlock], meminfo: Path = MEMINFO) -> str | None:
@@ -24,20 +23,11 @@ def memory_problem(blocks: Sequence[RamBlock], meminfo: Path = MEMINFO) -> str |
     ordinary = [block for block in blocks if block.page_size == 4096]
     needed = sum(block.length for block in ordinary)
     held = sum(os.fstat(block.fd).st_blocks * 512 for block in ordinary)
-    available = _available(meminfo) + held
-    if needed <= available:
+    room = available(meminfo) + held
+    if needed <= room:
         return None
     return (
         f"the guest has {needed >> 20} MiB of RAM and this host has"
-        f" {available >> 20} MiB available; free memory, or start dstd with"
+        f" {room >> 20} MiB available; free memory, or start dstd with"
         " --overcommit if most of it is empty"
     )
-
-
-def _available(meminfo: Path) -> int:
-    """Bytes that can be had without swapping: proc(5), MemAvailable."""
-    for line in meminfo.read_text().splitlines():
-        name, _, rest = line.partition(":")
-        if name == "MemAvailable":
-            return int(rest.split()[0]) * _KIB
-    return 0

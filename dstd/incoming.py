@@ -6,7 +6,8 @@ task loads the device state out of it while the first goes on with the pages,
 because loading may touch pages that are still to come.
 
 Before RUN a failure ends the migration: the source is told why (if it is srcd)
-and goes on with its guest. After RUN it pauses, and nothing is thrown away.
+and goes on with its guest. After RUN it pauses, and nothing is thrown away: the
+next connection is that of a source that resumes.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from dstd.fault import Loader, Memory, choose_way
 from dstd.peer import Peer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from common.address import Address
     from common.channel import Channel
@@ -54,15 +55,27 @@ log = logging.getLogger(__name__)
 PREEMPT_SECONDS: Final = 10.0
 # After the source's EOF, how long the last pages may take without any arriving.
 LAST_PAGES_SECONDS: Final = 30.0
+# When faults could not be answered, until it is tried again.
+FAULTS_AGAIN_SECONDS: Final = 1.0
+# When no connection could be accepted, likewise.
+LISTEN_AGAIN_SECONDS: Final = 1.0
 
 
 class Connection:
-    """The channels of one source, and what reads from them."""
+    """The channels of one source, and what reads from them.
 
-    def __init__(self, main: Channel, memory: Memory) -> None:
+    `before` is the connection that was lost, if this is a recovery.
+    """
+
+    def __init__(
+        self, main: Channel, memory: Memory, before: Connection | None = None
+    ) -> None:
         self.main = main
         self.loader = Loader(memory, main, preempt=False)
-        self.peer = Peer(main)
+        self.peer: Peer = before.peer.reconnected(main) if before else Peer(main)
+        self.section_id: int = before.section_id if before else 0
+        if before:
+            self.loader.begin(before.section_id)
         self.preempt: Channel | None = None
         self.preempt_came = trio.Event()
         self.stack = ExitStack()
@@ -119,7 +132,9 @@ class IncomingMigration:
         self._standing: trio.Nursery
         self._loaded = False  # PONG 3 has left: the source may give the guest up
         self._running = trio.Event()
-        self._link: Connection | None = None
+        self._told = False  # SHUT 0 has arrived for certain
+        self._link: Connection | None = None  # the one that is, or was last
+        self._waiting = trio.CancelScope()  # for a source that resumes
         self._preparation = trio.CancelScope()
         self._prepared = trio.Event()
         self._prepared.set()
@@ -128,10 +143,13 @@ class IncomingMigration:
 
     async def listen(self, address: Address) -> None:
         """Bind; HostError if that is not possible. Afterwards status is setup."""
-        listener = Listener(address)
-        await listener.open()
-        self._listener = listener
+        self._listener = await self._open(address)
         self.status.set(M.SETUP)
+
+    async def _open(self, address: Address) -> Listener:
+        listener = Listener(address, peer_timeout=self._tuning.peer_timeout)
+        await listener.open()
+        return listener
 
     def addresses(self) -> list[dict[str, Json]]:
         return self._listener.describe() if self._listener else []
@@ -141,7 +159,7 @@ class IncomingMigration:
     @property
     def pausable(self) -> bool:
         """Before the guest runs here a broken connection ends the migration."""
-        return self._running.is_set()
+        return self._running.is_set() or self.status.now is M.POSTCOPY_RECOVER
 
     def pause(self) -> None:
         """Break the connection of a postcopy; only while `pausable`."""
@@ -149,8 +167,21 @@ class IncomingMigration:
             self._link.break_connection()
 
     async def recover(self, address: Address) -> None:
-        """Listen at `address` for the source of a paused postcopy; HostError."""
-        raise HostError(f"cannot listen at {address}: recovery is not implemented")
+        """Listen at `address` for the source of a paused postcopy; HostError.
+
+        Where it listened before it listens on if that fails.
+        """
+        assert self._listener is not None
+        if self._listener.is_at(address):
+            return
+        listener = await self._open(address)
+        if self.status.now is not M.POSTCOPY_PAUSED:
+            listener.close()
+            raise HostError("the source has come back meanwhile")
+        # First: who waits on a listener that is closed gets an error.
+        self._waiting.cancel()
+        self._listener.close()
+        self._listener = listener
 
     # -- the whole
 
@@ -161,10 +192,14 @@ class IncomingMigration:
             # The fault loop outlives the connection: what is here is served to
             # the guest while the rest cannot come.
             async with trio.open_nursery() as self._standing:
-                await self._take(self._listener)
-                if self.status.now is M.POSTCOPY_PAUSED:
-                    await self.guest.wait_gone()
+                main = await self._listener.accept("main")
+                self.status.set(M.ACTIVE)
+                await self._take(Connection(main, self.memory), self._receive)
+                while self.status.now is M.POSTCOPY_PAUSED:
+                    await self._come_back()
                 self._standing.cancel_scope.cancel()
+            if self.postcopy.now is P.END:
+                await self._tell_again(self._listener)
         except BaseException as error:
             cause = cause_of(error)
             if cause is None:
@@ -173,16 +208,18 @@ class IncomingMigration:
         finally:
             self._listener.close()
 
-    async def _take(self, listener: Listener) -> None:
-        """One source, until all has arrived or its connection fails."""
-        link = Connection(await listener.accept("main"), self.memory)
+    async def _take(
+        self,
+        link: Connection,
+        part: Callable[[Connection, trio.Nursery], Awaitable[None]],
+    ) -> None:
+        """All that uses one connection, until all has arrived or it fails."""
         self._link = link
-        self.status.set(M.ACTIVE)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.guest.wait_gone)
-                nursery.start_soon(self._accept_more, listener, link)
-                await self._receive(link, nursery)
+                nursery.start_soon(self._accept_more, link)
+                await part(link, nursery)
                 nursery.cancel_scope.cancel()
         except BaseException as error:
             cause = cause_of(error)
@@ -193,13 +230,13 @@ class IncomingMigration:
             # A request that is being written must not keep us waiting.
             link.main.stop.set()
             self.memory.connect(None)
-            self._link = None
             link.close()
 
-    async def _accept_more(self, listener: Listener, link: Connection) -> None:
+    async def _accept_more(self, link: Connection) -> None:
         """The connection after main is preempt; a third has nothing to say here."""
-        while listener.many:
-            channel = await listener.accept("preempt", link.main.stop)
+        assert self._listener is not None
+        while self._listener.many:
+            channel = await self._listener.accept("preempt", link.main.stop)
             if self.settings.on("postcopy-preempt") and link.preempt is None:
                 link.preempt = channel
                 link.preempt_came.set()
@@ -264,6 +301,7 @@ class IncomingMigration:
         self.admission.check_blocks(blocks)
         # Not before: a source that is refused must not cost us what we hold.
         await trio.to_thread.run_sync(self.memory.empty)
+        link.section_id = start.section_id
         link.loader.begin(start.section_id)
 
     # -- sections
@@ -370,10 +408,27 @@ class IncomingMigration:
         link.stack.enter_context(processors_awake(self._tuning.awake))
         self.postcopy.set(P.LISTENING)
         self.status.set(M.POSTCOPY_ACTIVE)
-        self._standing.start_soon(self.memory.faults)
+        self._standing.start_soon(self._answer_faults)
         if link.preempt:
             nursery.start_soon(self._load_urgent, link.preempt)
         nursery.start_soon(self._run_package, link.peer, package, nursery)
+
+    async def _answer_faults(self) -> None:
+        """As long as the guest may wait for a page.
+
+        What the kernel refuses now, memory for instance, it may grant later.
+        """
+        while True:
+            try:
+                return await self.memory.faults()
+            except (HostError, StreamError) as error:
+                log.error("faults are not answered: %s", error)
+                self.error = HostError(
+                    f"the guest's faults are not answered, trying again: {error}"
+                )
+            await trio.sleep(FAULTS_AGAIN_SECONDS)
+            with suppress(HostError):
+                self.memory.wake()
 
     async def _preempt_needed(self, link: Connection) -> None:
         """The source's urgent pages come there; it connects before the package."""
@@ -397,12 +452,16 @@ class IncomingMigration:
             await peer.say(returnpath.Pong(value))
         if peer.is_srcd:
             await peer.committed.wait()
-        # The guest is ours now, whatever becomes of the connection meanwhile.
-        with trio.CancelScope(shield=True):
-            self.postcopy.set(P.RUNNING)
-            await self._start_guest(True)
-            self._running.set()
+        await self._run_guest()
         nursery.start_soon(self.memory.sweep)
+
+    async def _run_guest(self) -> None:
+        """The guest is ours now, whatever becomes of the connection meanwhile."""
+        if not self._running.is_set():
+            with trio.CancelScope(shield=True):
+                self.postcopy.set(P.RUNNING)
+                await self._start_guest(True)
+                self._running.set()
 
     async def _load_urgent(self, channel: Channel) -> None:
         """The preempt channel; its end is an error only while pages are missing."""
@@ -439,17 +498,98 @@ class IncomingMigration:
                 )
             missing = self.memory.missing
 
+    # -- recovery
+
+    async def _come_back(self) -> None:
+        """Paused: wait for the source, and take what it has left."""
+        try:
+            main = await self._next_source()
+        except BaseException as error:
+            cause = cause_of(error)
+            if not isinstance(cause, HostError):
+                raise
+            self.error = cause
+            await trio.sleep(LISTEN_AGAIN_SECONDS)
+            return
+        if main:
+            self.error = None
+            self.status.set(M.POSTCOPY_RECOVER)
+            link = Connection(main, self.memory, self._link)
+            await self._take(link, self._recover)
+
+    async def _next_source(self) -> Channel | None:
+        """The next connection; None: we listen somewhere else now."""
+        assert self._listener is not None
+        main = None
+        with trio.CancelScope() as self._waiting:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self.guest.wait_gone)
+                main = await self._listener.accept("main")
+                nursery.cancel_scope.cancel()
+        return main
+
+    async def _recover(self, link: Connection, nursery: trio.Nursery) -> None:
+        """From the first word of a source that resumes to the end."""
+        self.memory.begin_epoch()
+        with trio.move_on_after(self._tuning.patience) as patience:
+            await link.peer.wait_for_resume(self.memory)
+        if patience.cancelled_caught:
+            raise ChannelLost("the source does not resume", channel="main")
+        self.status.set(M.POSTCOPY_ACTIVE)
+        await link.peer.say(returnpath.ResumeAck())
+        await self._preempt_needed(link)
+        link.stack.enter_context(processors_awake(self._tuning.awake))
+        self.memory.connect(link.main)
+        await self.memory.ask_again(link.main)
+        if link.preempt:
+            nursery.start_soon(self._load_urgent, link.preempt)
+        nursery.start_soon(self._go_on, nursery)
+        await self._sections(link, nursery)
+
+    async def _go_on(self, nursery: trio.Nursery) -> None:
+        await self._run_guest()
+        nursery.start_soon(self.memory.sweep)
+
+    async def _tell_again(self, listener: Listener) -> None:
+        """All is here, but the source may not know: tell it if it comes back."""
+        while not self._told:
+            main = await listener.accept("main")
+            link = Connection(main, self.memory, self._link)
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._accept_more, link)
+                    with trio.move_on_after(self._tuning.patience):
+                        await self._confirm(link)
+                    nursery.cancel_scope.cancel()
+            except BaseException as error:
+                if cause_of(error) is None:
+                    raise
+            finally:
+                link.main.stop.set()
+                link.close()
+
+    async def _confirm(self, link: Connection) -> None:
+        """A recovery in which nothing is owed any more, up to SHUT 0."""
+        await link.peer.wait_for_resume(self.memory)
+        await link.peer.say(returnpath.ResumeAck())
+        while await link.loader.sections() is not None:
+            if await link.peer.next_kind() == c.QEMU_VM_EOF:
+                self._told = await link.peer.done()
+                return
+            await self._command(link, await link.peer.command())
+
     # -- the ends
 
     async def _complete(self, link: Connection) -> None:
-        await link.peer.done()
+        self._told = await link.peer.done()
+        self.error = None
         self.status.set(M.COMPLETED)
 
     async def _failed(self, error: MigrationError, peer: Peer | None = None) -> None:
         log.warning("migration failed: %s", error)
         self.error = error
         # The source may have given the guest up: keep all there is of it.
-        keep = self._loaded and self.status.now is M.POSTCOPY_ACTIVE
+        keep = self._loaded and self.status.may(M.POSTCOPY_PAUSED)
         if keep and not isinstance(error, GuestError):
             self.status.set(M.POSTCOPY_PAUSED)
             return

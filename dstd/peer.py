@@ -14,6 +14,7 @@ from common.stream import constants as c
 
 if TYPE_CHECKING:
     from common.channel import Channel
+    from dstd.fault import Memory
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,13 @@ class Peer:
         self.preempts = False  # srcd only: it will open a preempt channel
         self.committed = trio.Event()
         self._let_go = False
+
+    def reconnected(self, main: Channel) -> Peer:
+        """The same source on a new connection."""
+        peer = Peer(main)
+        peer.return_path = True
+        peer.is_srcd = self.is_srcd
+        return peer
 
     async def command(self) -> command.Command:
         """The command behind the type byte that was read last."""
@@ -64,6 +72,24 @@ class Peer:
     async def say(self, message: returnpath.Message) -> None:
         await self._main.write(returnpath.encode(message))
 
+    async def wait_for_resume(self, memory: Memory) -> None:
+        """Answer what the source asks before it resumes a paused postcopy."""
+        while True:
+            if (kind := await self.next_kind()) != c.QEMU_VM_COMMAND:
+                raise StreamError("unexpected in a recovery", got=kind)
+            match await self.command():
+                case command.RecvBitmap(block):
+                    message = returnpath.encode(returnpath.RecvBitmap(block))
+                    await self._main.write(message + memory.received_untrusted(block))
+                case command.Ping(value):
+                    await self.ping(value)
+                case command.Resume():
+                    # A source resumes only what it has given up for good.
+                    self.committed.set()
+                    return
+                case found:
+                    raise StreamError("command that does not belong here", got=found)
+
     async def wait_for_commit(self) -> None:
         """At the end of precopy: srcd's word that it never runs the guest again."""
         while not self.committed.is_set():
@@ -79,15 +105,16 @@ class Peer:
             self._let_go = True
             await self.say(returnpath.Shut(0))
 
-    async def done(self) -> None:
+    async def done(self) -> bool:
         """The guest runs here. What is said last must not be lost, but if the
-        connection is, that changes nothing any more.
+        connection is, that changes nothing any more. False: perhaps it was.
         """
         try:
             await self.let_go()
         except ChannelLost as error:
             log.warning("the source may not know that all has arrived: %s", error)
-        await self._main.drain()
+            return False
+        return await self._main.drain()
 
     async def tell(self, error: MigrationError) -> None:
         """Say why and that it is over; the source goes on with its guest."""

@@ -1,17 +1,24 @@
-"""`srcd`: argv to configuration to the daemon."""
+"""`srcd`: argv to configuration to the daemon, or to an answer."""
 
 from __future__ import annotations
 
+import sys
+
+from common.config import Question
 from srcd.cli import parse
 
 
 def main() -> None:
-    config = parse()
+    asked = parse()
     # Only now: a usage error should not wait for these.
+    if isinstance(asked, Question):
+        from common.host.check import answer
+
+        sys.exit(answer(asked, incoming=False))
     from common.service import run
     from srcd.daemon import serve
 
-    run("srcd", config, serve)
+    run("srcd", asked, serve)
 
 
 if __name__ == "__main__":

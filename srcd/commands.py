@@ -9,7 +9,7 @@ import trio
 
 from common import address, status
 from common.dirty_rate import DirtyRate
-from common.errors import HostError, MigrationError
+from common.errors import MigrationError
 from common.qmp.session import CommandError
 from common.status import MigrationStatus as M
 from common.tuning import USUAL, Tuning
@@ -164,10 +164,9 @@ class SourceCommands:
     async def _resume(self, target: address.Address) -> Json:
         if self._migration is None or self._status.now is not M.POSTCOPY_PAUSED:
             raise CommandError("Cannot resume if there is no paused migration")
-        try:
-            await self._migration.resume(self._monitor.descriptors.resolve(target))
-        except HostError as error:
-            raise CommandError(str(error)) from None
+        if isinstance(target, address.File | address.Exec):
+            raise CommandError(f"Cannot resume at '{target}': nobody answers there")
+        self._migration.resume(self._monitor.descriptors.resolve(target))
         return None
 
     async def _migrate_incoming(self, _: Mapping[str, Json]) -> Json:

@@ -23,7 +23,7 @@ async def serve(
     """Serve until `quit` or a signal; `started` when clients can connect."""
     async with trio.open_nursery() as nursery:
         guest = await obtain(
-            config.guest, nursery, incoming=False, control=config.qmp[0]
+            config.guest, nursery, incoming=False, control=config.control
         )
         async with responsible_for(guest, config):
             monitor = Monitor(guest, config.guest.name, guest_runs(guest))

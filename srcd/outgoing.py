@@ -1,5 +1,8 @@
 """OutgoingMigration: set-up, precopy, switchover, postcopy, end; top to bottom.
 
+A postcopy whose connection is lost pauses: bitmaps and RAM are kept, and as
+often as the operator orders it a new connection is made and postcopy goes on.
+
 The guest belongs to the source until the destination has proven that it has
 loaded the device state. Before that every failure leaves the guest running
 here. After that none does: the status becomes postcopy-paused.
@@ -19,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 import trio
 
 from common.channel import Channel, connect
-from common.errors import ChannelLost, GuestError, HostError, MigrationError, cause_of
+from common.errors import ChannelLost, GuestError, MigrationError, cause_of
 from common.guest.base import GuestState
 from common.status import MigrationStatus as M
 from common.stream import command, section
@@ -32,7 +35,7 @@ from srcd.peer import Peer
 from srcd.pump import Pump, Tracking
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from common import status as statuses
     from common.address import Address
@@ -101,6 +104,9 @@ class OutgoingMigration:
         self._prepares = False  # dstd allocates memory ahead
         self._cancel_asked = False
         self._why_paused: ChannelLost | None = None
+        self._order_resume: trio.MemorySendChannel[Address]
+        self._resumes: trio.MemoryReceiveChannel[Address]
+        self._order_resume, self._resumes = trio.open_memory_channel(1)
         self._continued = trio.Event()
         self.opened = trio.Event()
         """Connected, or over before that."""
@@ -149,18 +155,23 @@ class OutgoingMigration:
     @property
     def pausable(self) -> bool:
         """Not while the guest is being handed over: COMMIT must not be lost."""
-        return bool(self.times.handed_over)
+        return bool(self.times.handed_over) or self.status.now is M.POSTCOPY_RECOVER
 
     def pause(self) -> None:
         """Break the connection of a postcopy; only while `pausable`."""
-        self._why_paused = ChannelLost("Postcopy migration is paused by the user")
+        self._break(ChannelLost("Postcopy migration is paused by the user"))
+
+    def _break(self, why: ChannelLost) -> None:
+        """The loops on the channels see their end; what is told is `why`."""
+        self._why_paused = why
         for channel in (self._connected, self._preempt):
             if channel:
                 channel.break_connection()
 
-    async def resume(self, address: Address) -> None:
-        """Begin to recover a paused postcopy; HostError if that is not possible."""
-        raise HostError(f"cannot resume at {address}: recovery is not implemented")
+    def resume(self, address: Address) -> None:
+        """Begin to recover a paused postcopy; the status tells how that goes."""
+        self.status.set(M.POSTCOPY_RECOVER_SETUP)
+        self._order_resume.send_nowait(address)
 
     def apply_limits(self) -> None:
         """Bandwidth parameters have changed, or the phase has."""
@@ -174,12 +185,24 @@ class OutgoingMigration:
     # -- the whole
 
     async def run(self, address: Address) -> None:
-        """Migrate; never raises a MigrationError, the status tells."""
+        """Migrate; never raises a MigrationError, the status tells.
+
+        Paused, it waits for the order to resume.
+        """
         try:
-            with self._scope:
-                await self._migrate(address)
-            if self._scope.cancelled_caught:
-                await self._cancelled()
+            await self._attempt(self._migrate, address)
+            while self.status.now in (M.POSTCOPY_PAUSED, M.POSTCOPY_RECOVER_SETUP):
+                await self._attempt(self._recover, await self._resumes.receive())
+        finally:
+            self._release()
+            self.over.set()
+
+    async def _attempt(
+        self, part: Callable[[Address], Awaitable[None]], address: Address
+    ) -> None:
+        """All that uses one connection; what it comes to is in the status."""
+        try:
+            await part(address)
         except BaseException as error:
             cause = cause_of(error)
             if cause is None:
@@ -187,25 +210,33 @@ class OutgoingMigration:
             # Breaking the channels makes the loops on them fail.
             await (self._cancelled() if self._cancel_asked else self._failed(cause))
         finally:
-            self._release()
+            self._disconnect()
             self.opened.set()
-            self.over.set()
 
     async def _migrate(self, address: Address) -> None:
-        self._connected = await self._connect(address, "main")
-        self._return_path = bool(self._main.native.is_socket)
-        self.opened.set()
-        if self._preempt_early:
-            # QEMU 7 reads nothing from main before it has both, and tells them
-            # apart by their order.
-            await self._connect_preempt(address)
-        self.pump.connect(self._main, None)
-        self.apply_limits()
+        with self._scope:
+            self._connected = await self._connect(address, "main")
+            self._return_path = bool(self._main.native.is_socket)
+            self.opened.set()
+            if self._preempt_early:
+                # QEMU 7 reads nothing from main before it has both, and tells
+                # them apart by their order.
+                await self._connect_preempt(address)
+            self.pump.connect(self._main, None)
+            self.apply_limits()
+            await self._while_listening(self._phases, address)
+        if self._scope.cancelled_caught:
+            await self._cancelled()
+
+    async def _while_listening(
+        self, part: Callable[[Address], Awaitable[None]], address: Address
+    ) -> None:
+        """To the end of the migration, while the return path is read."""
         async with trio.open_nursery() as nursery:
             if self._return_path:
                 nursery.start_soon(self.peer.listen, self.pump)
             try:
-                await self._phases(address)
+                await part(address)
             except BaseException as error:
                 # The peer may have said why before it closed; that tells more.
                 if self._return_path and isinstance(cause_of(error), ChannelLost):
@@ -379,7 +410,13 @@ class OutgoingMigration:
     async def _connect(
         self, address: Address, name: str, stop: Stop | None = None
     ) -> Channel:
-        return await connect(address, name, stop, congestion=self._tuning.congestion)
+        return await connect(
+            address,
+            name,
+            stop,
+            congestion=self._tuning.congestion,
+            peer_timeout=self._tuning.peer_timeout,
+        )
 
     async def _connect_preempt(self, address: Address) -> None:
         if self.settings.on("postcopy-preempt"):
@@ -412,12 +449,51 @@ class OutgoingMigration:
             await self._preempt.write(sections.EOS)  # QEMU 7 waits for it
         await self.peer.shut_down()
 
+    # -- recovery
+
+    async def _recover(self, address: Address) -> None:
+        """A new connection for a paused postcopy, to the end of the migration."""
+        with trio.move_on_after(self._tuning.patience) as patience:
+            self._connected = await self._connect(address, "main")
+        if patience.cancelled_caught:
+            raise ChannelLost(f"Failed to connect to '{address}': nobody answers")
+        self.error = None
+        self.status.set(M.POSTCOPY_RECOVER)
+        self.peer.reconnected()
+        self.pump.connect(self._main, None)
+        with processors_awake(self._tuning.awake):
+            await self._while_listening(self._go_on, address)
+
+    async def _go_on(self, address: Address) -> None:
+        with trio.move_on_after(self._tuning.patience) as patience:
+            await self._agree(address)
+        if patience.cancelled_caught:
+            why = ChannelLost("the destination does not answer", channel="main")
+            self._break(why)
+            raise why
+        self.status.set(M.POSTCOPY_ACTIVE)
+        if not self.times.handed_over:  # COMMIT was lost, and RESUME is as good
+            self._handed_over()
+        await self.pump.postcopy()
+        await self._end_postcopy()
+
+    async def _agree(self, address: Address) -> None:
+        """What the destination has not received is owed, and it is ready for it."""
+        if self._preempt_early:
+            await self._connect_preempt(address)
+        await self.peer.tell_received(self._main, self.pump.blocks)
+        if not self._preempt_early:
+            await self._connect_preempt(address)
+        self.pump.connect(self._main, self._preempt)
+        await self.peer.resume(self._main)
+
     # -- the ends
 
     async def _failed(self, error: MigrationError) -> None:
         log.warning("migration failed: %s", error)
         self.error, self._why_paused = self._why_paused or error, None
-        if self.status.now is M.POSTCOPY_ACTIVE:
+        if self.status.may(M.POSTCOPY_PAUSED):
+            self._disconnect()
             self.status.set(M.POSTCOPY_PAUSED)
             return
         if self._owner is Owner.DESTINATION:
@@ -455,16 +531,17 @@ class OutgoingMigration:
         self._run_state("running")
         self._emit("RESUME", None)
 
-    def _release(self) -> None:
-        """All loops have ended; a paused postcopy keeps its bitmaps."""
+    def _disconnect(self) -> None:
+        """All loops on the channels have ended."""
         for channel in (self._preempt, self._connected):
             if channel:
                 self._sent_before += channel.sent
                 channel.close()
         self._preempt = self._connected = None
-        if self.status.now is not M.POSTCOPY_PAUSED:
-            self.tracking.stop()
-            self.pump.close()
+
+    def _release(self) -> None:
+        self.tracking.stop()
+        self.pump.close()
 
     # -- figures
 

@@ -15,6 +15,8 @@ from common.stream import command, fields, returnpath
 from common.stream import constants as c
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from common.channel import Channel
     from srcd.pump import Pump
 
@@ -35,7 +37,15 @@ class Peer:
         self._pongs: set[int] = set()
         self._shut = False
         self._reason = ""
+        self._asked: set[str] = set()  # blocks whose received bitmap is to come
+        self._resumes: bool | None = None  # False: asked to, True: it does
         self._news = trio.Condition()
+
+    def reconnected(self) -> None:
+        """A new connection: what it is stays known, what was asked is void."""
+        self.silent = trio.Event()
+        self._asked = set()
+        self._resumes = None
 
     async def listen(self, pump: Pump) -> None:
         """Read the return path until SHUT 0; Refused if it refuses."""
@@ -44,11 +54,11 @@ class Peer:
                 message = await pump.message()
                 if message is None:
                     return
-                await self._take(_decode_untrusted(*message))
+                await self._take(_decode_untrusted(*message), pump)
         finally:
             self.silent.set()
 
-    async def _take(self, message: returnpath.Message) -> None:
+    async def _take(self, message: returnpath.Message, pump: Pump) -> None:
         async with self._news:
             match message:
                 case returnpath.Pong(c.PONG_HELLO_ACK):
@@ -63,6 +73,13 @@ class Peer:
                     raise Refused(self._reason)
                 case returnpath.SwitchoverAck():
                     pass
+                case returnpath.RecvBitmap(block) if block in self._asked:
+                    await pump.owe_missing_untrusted(block)
+                    self._asked.remove(block)
+                case returnpath.ResumeAck(c.MIGRATION_RESUME_ACK_VALUE) if (
+                    self._resumes is not None
+                ):
+                    self._resumes = True
                 case _:
                     raise StreamError("unexpected return path message", got=message)
             self._news.notify_all()
@@ -78,6 +95,23 @@ class Peer:
         self._pongs.discard(c.PING_SETUP)
         await main.write(command.encode(command.Ping(c.PING_SETUP)))
         await self.pong(c.PING_SETUP)
+
+    async def tell_received(self, main: Channel, blocks: Sequence[str]) -> None:
+        """Ask what it has of these blocks; then the rest is what we owe."""
+        self._asked = set(blocks)
+        questions = [command.encode(command.RecvBitmap(name)) for name in blocks]
+        await main.write(b"".join(questions))
+        async with self._news:
+            while self._asked:
+                await self._news.wait()
+
+    async def resume(self, main: Channel) -> None:
+        """Say that the handshake is over, and wait until it says so too."""
+        self._resumes = False
+        await main.write(command.encode(command.Resume()))
+        async with self._news:
+            while not self._resumes:
+                await self._news.wait()
 
     async def shut_down(self) -> None:
         """Wait for its last word, that all went well."""

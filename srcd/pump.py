@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from common.errors import ChannelLost, HostError
+from common.errors import ChannelLost, HostError, StreamError
 from common.native._native import ffi, lib
 from common.native.loop import check, run_loop
 from common.native.ram import Ram
-from common.stream import command
+from common.stream import bitmap, command
 from common.stream import constants as c
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from common.channel import Channel
     from common.guest.base import Guest, RamBlock
@@ -104,22 +104,43 @@ class Pump:
 
     def _layout(self) -> list[command.Layout]:
         layouts = []
-        for i in range(self._ram.native.count):
-            block = ffi.addressof(self._ram.native.blocks, i)
+        for block in self._blocks():
             chunks = int(lib.block_chunks(block))
             for first in range(0, chunks, c.MAX_LAYOUT):
                 count = min(chunks - first, c.MAX_LAYOUT)
                 kinds = ffi.new("uint8_t[]", count)
                 lib.layout_look(block, first, kinds, count)
                 lib.layout_skip_empty(block, first, kinds, count)
-                name = ffi.string(block.idstr).decode()
-                layouts.append(command.Layout(name, first, bytes(ffi.buffer(kinds))))
+                told = bytes(ffi.buffer(kinds))
+                layouts.append(command.Layout(_name(block), first, told))
         return layouts
 
     def owe_dirty(self) -> None:
         """The guest has stopped: what is dirty is owed from now on."""
         self._owing = True
         lib.source_owe_dirty(self._native)
+
+    @property
+    def blocks(self) -> list[str]:
+        """The names of the RAM blocks."""
+        return [_name(block) for block in self._blocks()]
+
+    def _blocks(self) -> list[CData]:
+        ram = self._ram.native
+        return [ffi.addressof(ram.blocks, i) for i in range(ram.count)]
+
+    async def owe_missing_untrusted(self, name: str) -> None:
+        """Read the received bitmap of a block, behind its message; owe the rest."""
+        block = lib.ram_find(self._ram.native, name.encode(), len(name.encode()))
+        if block == ffi.NULL:
+            raise StreamError("bitmap of a RAM block that is not here", got=name)
+        assert self._main is not None
+
+        def owe(read: Callable[[int], bytes]) -> None:
+            received = bitmap.read_untrusted(read, block.length // PAGE)
+            lib.source_owe_missing(block, received)
+
+        await self._main.decode(owe)
 
     def will_end(self) -> None:
         """EOF comes next; a peer that closes its preempt channel is right."""
@@ -166,6 +187,11 @@ class Pump:
             self._closed = True
             lib.source_close(self._native)
             self._ram.close()
+
+
+def _name(block: CData) -> str:
+    name: str = ffi.string(block.idstr).decode()
+    return name
 
 
 class Tracking:

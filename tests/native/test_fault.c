@@ -335,8 +335,9 @@ static void test_no_connection(void)
     CHECK_EQ(f.d.rpath.requests, 0);
     /* The next connection: what is on the list is asked for again. */
     rpath_connect(&f.d.rpath, &f.line.channel);
-    CHECK(RESULT_IS_OK(rpath_request(&f.d.rpath, block(&f, 0), 70 * PAGE)));
+    CHECK(RESULT_IS_OK(fault_ask_again(&f.d)));
     CHECK_EQ(next_request(&f).offset, 70 * PAGE);
+    CHECK(!is_readable(f.line.peer)); /* not for what is here */
     CHECK(RESULT_IS_OK(late(&f, 0, 70, 70)));
     job_wait(&look.job);
     CHECK(pattern_is(look.got, 70));
@@ -386,6 +387,34 @@ static void test_run_again(void)
     CHECK(RESULT_IS_OK(late(&f, 0, 1, 1)));
     job_wait(&looks[0].job);
     CHECK_EQ(finish(&f).kind, RESULT_STOPPED);
+    fixture_close(&f);
+}
+
+/*
+ * A page was written and marked, and then could not be mapped: nobody else will
+ * do it, so who waits for it asks the fault loop again.
+ */
+static void test_new_epoch_wakes(void)
+{
+    struct fixture f;
+    struct look look;
+    uint8_t bytes[PAGE];
+
+    fixture_open(&f, specs, 2, PLACE_CONTINUE);
+    listen_and_run(&f);
+    look_start(&look, at(&f, 0, 3));
+    CHECK_EQ(next_request(&f).offset, 3 * PAGE);
+    wait_for(&f.d.stats.faults, 1);
+    pattern_fill(bytes, 33);
+    CHECK_EQ(pwrite(block(&f, 0)->fd, bytes, PAGE, 3 * PAGE), (ssize_t)PAGE);
+    bitmap_test_and_set(&block(&f, 0)->populated, 3);
+    bitmap_test_and_set(&block(&f, 0)->received, 3);
+    CHECK(RESULT_IS_OK(destination_begin_epoch(&f.d)));
+    job_wait(&look.job);
+    CHECK(pattern_is(look.got, 33));
+    CHECK_EQ(finish(&f).kind, RESULT_STOPPED);
+    CHECK_EQ(f.d.waiting.count, 0);
+    CHECK_EQ(destination_missing(&f.d), PAGES + 8 - 1);
     fixture_close(&f);
 }
 
@@ -619,6 +648,7 @@ int main(void)
     RUN(test_no_connection);
     RUN(test_broken_connection);
     RUN(test_run_again);
+    RUN(test_new_epoch_wakes);
     RUN(test_blocktime);
     RUN(test_many);
     if (have_huge_pages()) {

@@ -346,27 +346,17 @@ static void break_off(struct world *w)
 /* The source owes what the destination has not; that asks for it again. */
 static bool recover(struct world *w)
 {
-    bool ok = true;
+    bool ok = RESULT_IS_OK(destination_begin_epoch(&w->destination));
 
-    connect_both(w);
     for (uint32_t i = 0; i < 2; i++) {
-        struct ram_block *here = block(w, DESTINATION, i);
-        struct ram_block *there = block(w, SOURCE, i);
+        const struct ram_block *here = block(w, DESTINATION, i);
 
-        for (uint64_t host = 0; host < block_hosts(here); host++) {
-            if (place_is_here(here, host)) {
-                bitmap_test_and_clear(&there->owed, host);
-                continue;
-            }
-            bitmap_test_and_set(&there->owed, host);
-            if (bitmap_test(&here->requested, host)) {
-                ok = ok &&
-                     RESULT_IS_OK(rpath_request(&w->destination.rpath, here,
-                                                host << here->host_bits));
-            }
-        }
+        /* What the wire carries: words as they are, of a little-endian host. */
+        source_owe_missing(block(w, SOURCE, i),
+                           (const uint8_t *)here->received.words);
     }
-    return ok;
+    connect_both(w);
+    return ok && RESULT_IS_OK(fault_ask_again(&w->destination));
 }
 
 static bool send_end(struct world *w)

@@ -462,6 +462,64 @@ static void test_resolve_beside_given_back_pages(void)
     fixture_close(&f);
 }
 
+/* --- a new connection ---------------------------------------------------- */
+
+/* What a lost connection had claimed and not placed can be claimed again. */
+static void new_epoch(int way, const struct block_spec *specs, uint32_t count)
+{
+    struct fixture f;
+    struct ram_block *b;
+    uint64_t missing;
+
+    fixture_open(&f, specs, count, way);
+    b = block(&f, 0);
+    CHECK(RESULT_IS_OK(destination_listen(&f.d)));
+    missing = destination_missing(&f.d);
+    CHECK(place_claim(&f.d, b, 0));
+    CHECK(RESULT_IS_OK(place_zero(&f.d, b, 0)));
+    CHECK(place_claim(&f.d, b, 1));
+    CHECK(RESULT_IS_OK(destination_begin_epoch(&f.d)));
+    CHECK_EQ(destination_missing(&f.d), missing - 1);
+    CHECK(!is_readable(f.d.complete_fd));
+    CHECK(!place_claim(&f.d, b, 0));
+    CHECK(place_claim(&f.d, b, 1));
+    CHECK(RESULT_IS_OK(place_zero(&f.d, b, 1)));
+    CHECK_EQ(destination_missing(&f.d), missing - 2);
+    CHECK(!place_claim(&f.d, b, 1));
+    CHECK(way == PLACE_FILE || RESULT_IS_OK(destination_finish(&f.d)));
+    fixture_close(&f);
+}
+
+static void test_new_epoch(void)
+{
+    new_epoch(PLACE_FILE, small_specs, 2);
+    new_epoch(PLACE_COPY, small_specs, 2);
+    new_epoch(PLACE_CONTINUE, small_specs, 2);
+}
+
+static void test_new_epoch_huge(void)
+{
+    new_epoch(PLACE_COPY, huge_specs, 1);
+    new_epoch(PLACE_CONTINUE, huge_specs, 1);
+}
+
+/* The connection was lost when all had come, and nobody had noticed yet. */
+static void test_new_epoch_with_nothing_missing(void)
+{
+    struct fixture f;
+
+    fixture_open(&f, small_specs, 2, PLACE_FILE);
+    CHECK(RESULT_IS_OK(destination_listen(&f.d)));
+    for (uint32_t i = 0; i < 2; i++) {
+        bitmap_set_range(&block(&f, i)->received, 0, block_pages(block(&f, i)));
+    }
+    CHECK(!is_readable(f.d.complete_fd));
+    CHECK(RESULT_IS_OK(destination_begin_epoch(&f.d)));
+    CHECK_EQ(destination_missing(&f.d), 0);
+    CHECK(is_readable(f.d.complete_fd));
+    fixture_close(&f);
+}
+
 /* --- huge pages in postcopy ---------------------------------------------- */
 
 static void postcopy_huge(int way)
@@ -533,10 +591,13 @@ int main(void)
     RUN(test_sweep_over_given_back_pages);
     RUN(test_finish_under_the_sweep);
     RUN(test_resolve_beside_given_back_pages);
+    RUN(test_new_epoch);
+    RUN(test_new_epoch_with_nothing_missing);
     if (have_huge_pages()) {
         RUN(test_precopy_huge);
         RUN(test_listen_settles_huge_pages);
         RUN(test_postcopy_huge);
+        RUN(test_new_epoch_huge);
     } else {
         fprintf(stderr, "no huge pages: not tested\n");
     }

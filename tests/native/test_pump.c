@@ -424,6 +424,30 @@ static void test_owe_at_least_one(void)
     fixture_close(&f);
 }
 
+/* Of a received bitmap the rest is owed, and nothing that was before. */
+static void test_owe_missing(void)
+{
+    struct fixture f;
+    uint8_t received[8 * 512 / 8] = { 0 };
+
+    fixture_open(&f, MIXED, false);
+    dirty_all(&f);
+    source_owe_dirty(&f.source);
+    memset(received, 0xff, sizeof(received));
+    received[512 / 8] = 0xfe; /* a part of the second host page */
+    received[sizeof(received) - 1] = 0x7f;
+    source_owe_missing(block(&f, 0), received);
+    CHECK_EQ(bitmap_count(&block(&f, 0)->owed), 2);
+    CHECK(bitmap_test(&block(&f, 0)->owed, 1));
+    CHECK(bitmap_test(&block(&f, 0)->owed, 7));
+    memset(received, 0, sizeof(received));
+    received[299 / 8] = 1 << (299 % 8);
+    source_owe_missing(block(&f, 1), received);
+    CHECK_EQ(bitmap_count(&block(&f, 1)->owed), 299);
+    CHECK(!bitmap_test(&block(&f, 1)->owed, 299));
+    fixture_close(&f);
+}
+
 /* Every owed range is in a discard, in order, and many make several. */
 static void test_discards(void)
 {
@@ -749,6 +773,7 @@ int main(void)
     RUN(test_peer_goes_while_writing);
     RUN(test_owe_rounds_to_host_pages);
     RUN(test_owe_at_least_one);
+    RUN(test_owe_missing);
     RUN(test_discards);
     RUN(test_postcopy_on_main);
     RUN(test_postcopy_on_preempt);

@@ -13,10 +13,11 @@ import functools
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from support import hugepages, qemu
+from support import hugepages, installed, qemu
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,7 +35,7 @@ def missing(marker: str) -> str | None:
 
 def provided_by_setup(marker: str) -> bool:
     """Whether it's `.ci/setup` that provides this, and not the machine."""
-    return marker == "qemu"
+    return marker in ("qemu", "systemd")
 
 
 @functools.cache
@@ -90,6 +91,38 @@ def _netns() -> str | None:
     return None
 
 
+def _systemd() -> str | None:
+    """Its programs, and what installing without a network takes."""
+    for path in (installed.SYSTEMD, installed.PYTHON):
+        if not os.access(path, os.X_OK):
+            return f"{path} is not there"
+    if not any(installed.WHEELS.glob("trio-*.whl")):
+        return "build/wheels is not there: run .ci/setup"
+    return None
+
+
+def _systemd_boots() -> str | None:
+    """What it takes to be the first process of a machine of its own."""
+    if os.geteuid():
+        return "only root can give systemd namespaces of its own"
+    ours = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    theirs = subprocess.run(
+        [installed.PYTHON, "-V"], capture_output=True, text=True, check=False
+    ).stdout
+    if f"Python {ours}." not in theirs:
+        return f"{installed.PYTHON} is {theirs.strip()}, the tests' is {ours}"
+    command = "mount -t tmpfs none /mnt && mount -t cgroup2 none /mnt"
+    tried = subprocess.run(
+        ["unshare", "--mount", "--pid", "--fork", "--cgroup", "sh", "-c", command],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if tried.returncode:
+        return f"no control groups of its own: {tried.stderr.strip()}"
+    return None
+
+
 def _qemu() -> str | None:
     for version in qemu.VERSIONS:
         path = qemu.executable(version)
@@ -105,4 +138,6 @@ _PROBES: dict[str, Callable[[], str | None]] = {
     "hugepages": hugepages.missing,
     "netns": _netns,
     "qemu": _qemu,
+    "systemd": _systemd,
+    "systemd_boots": _systemd_boots,
 }

@@ -429,3 +429,80 @@ async def test_congestion_control_is_chosen() -> None:
     with pytest.raises(ChannelLost, match=r"'nonsense'.*tcp_allowed"):
         await connect(there, "main", congestion="nonsense")
     listener.close()
+
+
+# --- a peer that is silent -----------------------------------------------------------
+
+
+def silence_bounds(fd: int) -> tuple[int, ...]:
+    """Keepalive on or off, its times in seconds, the user timeout in ms."""
+    with socket.socket(fileno=os.dup(fd)) as sock:
+        return (
+            sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE),
+            sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE),
+            sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL),
+            sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT),
+            sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT),
+        )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "bounds"), [(10, (1, 3, 3, 3, 10_000)), (1, (1, 1, 1, 3, 1_000))]
+)
+async def test_both_ends_bound_silence(seconds: int, bounds: tuple[int, ...]) -> None:
+    listener = Listener(Tcp("127.0.0.1", "0"), peer_timeout=seconds)
+    await listener.open()
+    there = Tcp("127.0.0.1", str(listener.describe()[0]["port"]))
+    one = await connect(there, "main", peer_timeout=seconds)
+    other = await listener.accept("main")
+    for channel in (one, other):
+        assert silence_bounds(channel.fd) == bounds
+        channel.close()
+    usual = await connect(there, "main")
+    assert silence_bounds(usual.fd)[0] == silence_bounds(usual.fd)[-1] == 0
+    usual.close()
+    listener.close()
+
+
+# --- listening somewhere else ------------------------------------------------------
+
+
+async def test_where_a_listener_is(tmp_path: Path) -> None:
+    listener = Listener(Tcp("localhost", "0", ipv6=False))
+    assert not listener.is_at(listener.address), "nobody can come in yet"
+    await listener.open()
+    port = str(listener.describe()[0]["port"])
+    assert listener.is_at(Tcp("127.0.0.1", port))
+    assert not listener.is_at(Tcp("127.0.0.1", "1"))
+    assert not listener.is_at(listener.address), "port 0 is another one each time"
+    listener.close()
+    listener = Listener(Unix(str(tmp_path / "socket")))
+    await listener.open()
+    assert listener.is_at(Unix(str(tmp_path / "socket")))
+    assert not listener.is_at(Unix(str(tmp_path / "other")))
+    listener.close()
+
+
+async def test_a_listener_leaves_the_path_to_its_successor(tmp_path: Path) -> None:
+    path = Unix(str(tmp_path / "socket"))
+    first, second = Listener(path), Listener(path)
+    await first.open()
+    await second.open()
+    first.close()
+    await exchange(second, path)
+    second.close()
+    assert not (tmp_path / "socket").exists()
+
+
+async def test_nobody_comes_to_a_used_descriptor(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    one, other = socket.socketpair()
+    listener = Listener(Fd("in", other.detach()))
+    await listener.open()
+    (await listener.accept("main")).close()
+    with trio.move_on_after(60) as scope:
+        await listener.accept("main")
+    assert scope.cancelled_caught
+    one.close()
+    listener.close()

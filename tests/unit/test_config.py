@@ -76,6 +76,8 @@ def test_parked(parse: Callable[[list[str]], ServeConfig]) -> None:
         (QMP, "give one of --memory, --ram and --guest"),
         ([*QMP, "--memory", "1M", "--guest", "g"], "give one of --memory"),
         ([*QMP, "--ram", "a=b", "--guest", "g"], "give one of --memory"),
+        ([*QMP, "--memory", "1M", "--peer-timeout", "-1"], "must be 0 to 3600"),
+        ([*QMP, "--memory", "1M", "--peer-timeout", "x"], "invalid int value"),
         ([*QMP, "--memory", "much"], "not a size: 'much'"),
         ([*QMP, "--memory", "-1M"], "expected one argument"),
         ([*QMP, "--memory", "1M", "--vcpus", "0"], "--vcpus must be 1 to 8"),

@@ -8,6 +8,7 @@ import pytest
 
 import dstd.cli
 import srcd.cli
+from common.config import ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,6 +58,15 @@ REFUSED = {
 }
 
 
+MEANT = {
+    'memmory = "1G"': "'memmory' is unexpected; did you mean 'memory'?",
+    "max-bandwidth = 0": "is unexpected; it belongs into the table [parameters]",
+    "[parameters]\nmax-bandwith = 0": "; did you mean 'max-bandwidth'?",
+    "xyzzy = 1": "'xyzzy' is unexpected; see srcd serve --help",
+}
+REFUSED |= MEANT
+
+
 @pytest.mark.parametrize("text", REFUSED)
 def test_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
     words = [*written(tmp_path, text), "--qmp", "q"]
@@ -69,3 +79,33 @@ def test_no_such_file(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         dstd.cli.parse(["serve", "--config", "/nowhere/x"])
     assert "No such file or directory" in capsys.readouterr().err
+
+
+def test_a_file_alone(tmp_path: Path) -> None:
+    """In a unit the service manager makes the control socket."""
+    path = written(tmp_path, 'memory = "1G"')[-1]
+    asked = srcd.cli.parse(["check-config", path])
+    assert (asked.about, asked.path) == ("check-config", path)
+    assert asked.config.guest.memory == 1 << 30
+    assert dstd.cli.parse(["check", "--config", path]).about == "check"
+    assert dstd.cli.parse(["check"]).config is None
+
+
+def test_a_file_that_is_wrong_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path, 'memory = "1G"\nguest = "g"')[-1]
+    with pytest.raises(SystemExit, match="2"):
+        dstd.cli.parse(["check-config", path])
+    assert "give one of --memory, --ram and --guest" in capsys.readouterr().err
+
+
+def test_a_file_is_read_again(tmp_path: Path) -> None:
+    words = written(tmp_path, 'memory = "1G"\n[parameters]\nmax-bandwidth = 1')
+    file = dstd.cli.parse([*words, "--qmp", "q"]).file
+    written(tmp_path, 'memory = "1G"\n[parameters]\nmax-bandwidth = 2')
+    assert file.again().parameters == {"max-bandwidth": 2}
+    assert file.again().options == file.options
+    written(tmp_path, "memory = ")
+    with pytest.raises(ConfigError, match=r"config\.toml: Invalid value"):
+        file.again()

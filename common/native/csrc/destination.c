@@ -145,6 +145,7 @@ static uint64_t settle_block(struct ram_block *b)
             bitmap_test_and_set(&b->claimed, host);
         } else {
             bitmap_clear_range(&b->received, first, per_host);
+            bitmap_test_and_clear(&b->claimed, host);
             missing++;
         }
     }
@@ -158,15 +159,23 @@ void destination_note_complete(struct destination *d)
     (void)!write(d->complete_fd, &one, sizeof(one));
 }
 
-struct result destination_listen(struct destination *d)
+/* What is claimed is what is here; returns the number of the others. */
+static uint64_t settle(struct destination *d)
 {
     uint64_t missing = 0;
-    struct result r = result_ok();
 
     for (uint32_t i = 0; i < d->ram->count; i++) {
         missing += settle_block(&d->ram->blocks[i]);
     }
     __atomic_store_n(&d->missing, missing, __ATOMIC_SEQ_CST);
+    return missing;
+}
+
+struct result destination_listen(struct destination *d)
+{
+    uint64_t missing = settle(d);
+    struct result r = result_ok();
+
     if (d->way != PLACE_FILE) {
         r = register_blocks(d);
     }
@@ -175,6 +184,30 @@ struct result destination_listen(struct destination *d)
         destination_note_complete(d);
     }
     return r;
+}
+
+struct result destination_wake(struct destination *d)
+{
+    struct result r = result_ok();
+
+    for (uint32_t i = 0; d->way != PLACE_FILE && i < d->ram->count; i++) {
+        struct ram_block *b = &d->ram->blocks[i];
+
+        r = uffd_wake(d->uffd, b->base, b->length);
+        if (!RESULT_IS_OK(r)) {
+            break;
+        }
+    }
+    return r;
+}
+
+/* A page that could be written but not mapped is here, and nobody maps it. */
+struct result destination_begin_epoch(struct destination *d)
+{
+    if (settle(d) == 0) {
+        destination_note_complete(d);
+    }
+    return destination_wake(d);
 }
 
 struct result destination_finish(struct destination *d)

@@ -69,6 +69,16 @@ struct result destination_discard(struct destination *d, uint32_t block,
 struct result destination_probe(struct destination *d);
 /* From here on missing pages make the guest wait. */
 struct result destination_listen(struct destination *d);
+/*
+ * The connection is gone, and no load loop runs: what was on its way and has
+ * not been placed is missing again. Whoever waits for a page faults once more.
+ */
+struct result destination_begin_epoch(struct destination *d);
+/*
+ * Whoever waits for a page faults once more: for faults that were read and not
+ * answered.
+ */
+struct result destination_wake(struct destination *d);
 /* All is here: let the kernel handle the guest's faults again. */
 struct result destination_finish(struct destination *d);
 uint64_t destination_missing(struct destination *d);

@@ -20,8 +20,12 @@ static struct result handle_fault(struct destination *d,
     }
     host = (fault->address - b->base) >> b->host_bits;
     if (place_is_here(b, host)) {
+        struct result r = place_resolve(d, b, host);
+
         STATS_ADD(d->stats.faults_here, 1);
-        return place_resolve(d, b, host);
+        /* It came, and could not be mapped at that time. */
+        waiting_end(&d->waiting, b, host, 1, NULL);
+        return r;
     }
     waiting_begin(&d->waiting, fault->thread, b, host);
     if (bitmap_test_and_set(&b->requested, host)) {
@@ -42,6 +46,31 @@ static struct result handle_fault(struct destination *d,
         return r;
     }
     return result_ok();
+}
+
+static struct result ask_block_again(struct destination *d,
+                                     const struct ram_block *b)
+{
+    struct result r = result_ok();
+    uint64_t host = bitmap_next_set(&b->requested, 0);
+
+    while (RESULT_IS_OK(r) && host < b->requested.bits) {
+        if (!place_is_here(b, host)) {
+            r = rpath_request(&d->rpath, b, host << b->host_bits);
+        }
+        host = bitmap_next_set(&b->requested, host + 1);
+    }
+    return r;
+}
+
+struct result fault_ask_again(struct destination *d)
+{
+    struct result r = result_ok();
+
+    for (uint32_t i = 0; RESULT_IS_OK(r) && i < d->ram->count; i++) {
+        r = ask_block_again(d, &d->ram->blocks[i]);
+    }
+    return r;
 }
 
 static struct result answer_faults(struct destination *d, int stop_fd)

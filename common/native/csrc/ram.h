@@ -46,7 +46,7 @@ struct ram_block {
 
     /* Destination. */
     struct bitmap received;  /* target pages that are here; see place.h */
-    struct bitmap requested; /* host pages asked for in this epoch */
+    struct bitmap requested; /* host pages that a fault was about */
     struct bitmap claimed;   /* host pages some load loop is filling or has */
     struct bitmap populated; /* host pages that hold memory in the file */
     struct bitmap mapped;    /* host pages that the guest sees for certain */

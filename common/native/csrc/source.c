@@ -117,6 +117,28 @@ uint64_t source_owe_dirty(struct source *s)
     return source_owed_pages(s);
 }
 
+static bool has_all(const uint8_t *bits, uint64_t first, uint64_t count)
+{
+    for (uint64_t i = first; i < first + count; i++) {
+        if (!(bits[i / 8] >> (i % 8) & 1)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+void source_owe_missing(struct ram_block *b, const uint8_t *received)
+{
+    uint64_t per_host = block_pages_per_host(b);
+
+    bitmap_clear_range(&b->owed, 0, b->owed.bits);
+    for (uint64_t host = 0; host < block_hosts(b); host++) {
+        if (!has_all(received, host * per_host, per_host)) {
+            bitmap_test_and_set(&b->owed, host);
+        }
+    }
+}
+
 uint64_t source_owed_pages(const struct source *s)
 {
     uint64_t pages = 0;

@@ -93,6 +93,13 @@ uint64_t source_dirty_pages(const struct source *s);
  */
 uint64_t source_owe_dirty(struct source *s);
 uint64_t source_owed_pages(const struct source *s);
+/*
+ * After a recovery: what a destination has not received of a block is owed,
+ * whatever was owed before. `received` has a bit for each target page, as on
+ * the wire; a host page of which only a part is there is owed whole. No loop
+ * may run.
+ */
+void source_owe_missing(struct ram_block *b, const uint8_t *received);
 /* Whoever clears the bit sends the page: true for one caller. */
 bool source_claim(struct ram_block *b, uint64_t host);
 

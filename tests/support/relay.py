@@ -1,0 +1,202 @@
+"""A network between source and destination that breaks when it is told to.
+
+    with Relay() as relay:
+        src.migrate(relay.to(dst.listen()))
+        relay.links[0].reset()
+
+Each TCP connection to the relay becomes a link: one connection to the
+destination, and a thread for each direction. Links are in the order in which
+they were made, so of a migration with preempt the first is main.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import subprocess
+import threading
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import Self
+
+AT_ONCE = 64 * 1024
+PATIENCE = 30.0
+
+
+class Link:
+    """One connection through the relay."""
+
+    def __init__(self, source: socket.socket, destination: socket.socket) -> None:
+        self.ends = (source, destination)
+        self._broken = False
+        self.threads = [
+            threading.Thread(target=self._carry, args=pair, daemon=True)
+            for pair in ((source, destination), (destination, source))
+        ]
+        for thread in self.threads:
+            thread.start()
+
+    def _carry(self, giver: socket.socket, taker: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := giver.recv(AT_ONCE):
+                taker.sendall(data)
+        # The end of one direction is the end of that direction alone.
+        if not self._broken:
+            with contextlib.suppress(OSError):
+                taker.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        """Both ends read the end of the stream; what is on its way is lost."""
+        for end in self.ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        self._join()
+
+    def reset(self) -> None:
+        """Both ends get a reset."""
+        self._broken = True
+        for end in self.ends:
+            # Closing is a reset; it comes when no thread is in a call any more.
+            linger = struct.pack("ii", 1, 0)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RD)
+        self._join()
+
+    def _join(self) -> None:
+        for end in self.ends:
+            end.close()
+        for thread in self.threads:
+            thread.join(PATIENCE)
+
+
+class Relay:
+    """Listens on a port of its own; leaving the context breaks every link."""
+
+    wrapper: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        self.links: list[Link] = []
+        self._target = ("", 0)
+        self._news = threading.Condition()
+
+    def __enter__(self) -> Self:
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        # Wakes the thread out of accept().
+        self._server.shutdown(socket.SHUT_RDWR)
+        self._thread.join(PATIENCE)
+        self._server.close()
+        for link in self.links:
+            link.close()
+
+    def to(self, uri: str) -> str:
+        """The address of the relay in front of a `tcp:` address."""
+        _, host, port = uri.split(":")
+        self._target = (host, int(port))
+        return f"tcp:127.0.0.1:{self._server.getsockname()[1]}"
+
+    def wait_links(self, count: int) -> list[Link]:
+        """Until so many connections have been made; these."""
+        deadline = time.monotonic() + PATIENCE
+        with self._news:
+            while len(self.links) < count:
+                assert self._news.wait(deadline - time.monotonic()), "no connection"
+            return self.links[:count]
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                source, _ = self._server.accept()
+                destination = socket.create_connection(self._target)
+                for end in (source, destination):
+                    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                with self._news:
+                    self.links.append(Link(source, destination))
+                    self._news.notify_all()
+
+
+class Trap:
+    """A destination that takes connections and does nothing for them.
+
+    It says `says` when it has read something, closes them if `hang_up`, and is
+    silent then.
+    """
+
+    def __init__(self, *, says: bytes = b"", hang_up: bool = False) -> None:
+        self._says = says
+        self._hang_up = hang_up
+        self._taken: list[socket.socket] = []
+
+    @property
+    def taken(self) -> int:
+        return len(self._taken)
+
+    def __enter__(self) -> Self:
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.uri = f"tcp:127.0.0.1:{self._server.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown(socket.SHUT_RDWR)
+        self._thread.join(PATIENCE)
+        self._server.close()
+        for end in self._taken:
+            end.close()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                end, _ = self._server.accept()
+                self._taken.append(end)
+                end.recv(1)
+                end.sendall(self._says)
+                if self._hang_up:
+                    end.shutdown(socket.SHUT_RDWR)
+
+
+class Cable:
+    """A network namespace for both ends, where everything can get lost silently.
+
+    `wrapper` starts a program in it.
+    """
+
+    def __enter__(self) -> Self:
+        self._holder = subprocess.Popen(
+            ["unshare", "--net", "sh", "-c", "ip link set lo up && echo && read x"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert self._holder.stdout is not None
+        self._holder.stdout.readline()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._holder.communicate()
+
+    @property
+    def wrapper(self) -> tuple[str, ...]:
+        return ("nsenter", "--net", "--target", str(self._holder.pid))
+
+    def to(self, uri: str) -> str:
+        return uri
+
+    def pull_out(self) -> None:
+        """Packets vanish: no end, no reset, no error."""
+        chain = "{ type filter hook output priority 0; policy drop; }"
+        self._nft(f"add table inet cable; add chain inet cable out {chain}")
+
+    def plug_in(self) -> None:
+        self._nft("delete table inet cable")
+
+    def _nft(self, rules: str) -> None:
+        subprocess.run([*self.wrapper, "nft", rules], check=True)
