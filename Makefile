@@ -25,7 +25,7 @@ lint: ## ruff and clang-format
 format: setup ## let ruff and clang-format write
 	@.venv/bin/ruff check --quiet --fix
 	@.venv/bin/ruff format --quiet
-	@find common docs tests -name '*.[ch]' | xargs clang-format -i
+	@find bench common docs tests -name '*.[ch]' | xargs clang-format -i
 
 types: ## mypy, strict
 	@.ci/stages types
