@@ -109,6 +109,7 @@ def assert_urgent_pages(src: Source, dst: Destination, *, preempt: bool) -> None
     for parts in (ours["fault-phases"], theirs["fault-phases"]):
         assert all(part["count"] > 0 and part["mean"] > 0 for part in parts.values())
     assert ours["round-trip"] > 0
+    assert ours["background-pauses"] > 0
     assert info["postcopy-blocktime"] <= max(info["postcopy-vcpu-blocktime"])
 
 

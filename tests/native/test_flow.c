@@ -236,6 +236,23 @@ static void test_new_connection(void)
     flow_close(&l.flow);
 }
 
+/* Behind pages that no mark followed a probe only makes sure they arrive. */
+static void test_probe_behind_pages(void)
+{
+    struct path l;
+    uint32_t number;
+
+    path_open(&l, 1 * MS, 100 * 1000);
+    CHECK(!flow_send(&l.flow, PIECE, l.now_ns, &number));
+    number = flow_probe(&l.flow, l.now_ns);
+    CHECK(flow_answer_untrusted(&l.flow, number, l.now_ns + MS));
+    CHECK_EQ(flow_turn(&l.flow, l.now_ns + MS), FLOW_PROBE);
+    number = flow_probe(&l.flow, l.now_ns + MS);
+    CHECK(flow_answer_untrusted(&l.flow, number, l.now_ns + 2 * MS));
+    CHECK_EQ(flow_turn(&l.flow, l.now_ns + 2 * MS), FLOW_SEND);
+    flow_close(&l.flow);
+}
+
 int main(void)
 {
     RUN(test_slow_line);
@@ -244,6 +261,7 @@ int main(void)
     RUN(test_base_is_measured_again);
     RUN(test_base_that_never_was);
     RUN(test_idle_sender_does_not_grow);
+    RUN(test_probe_behind_pages);
     RUN(test_made_up_answers);
     RUN(test_new_connection);
     return check_status();
