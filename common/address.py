@@ -5,13 +5,13 @@ Source: QEMU docs, `migrate` and `-incoming`; the error texts are QEMU's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, TypeAlias
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from common import sizes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from common.qmp.message import Json
 
@@ -112,6 +112,34 @@ Address: TypeAlias = Tcp | Unix | Vsock | Fd | File | Exec
 def takes_many(address: Address) -> bool:
     """Whether more than one connection can be made there, as preempt needs."""
     return isinstance(address, Tcp | Unix | Vsock)
+
+
+# --- kept for another process --------------------------------------------------------
+
+_LASTING: Final = {"tcp": Tcp, "unix": Unix, "vsock": Vsock}
+
+
+def to_json(address: Address | None) -> Mapping[str, Json] | None:
+    """An address that another process can use, for `of_json_untrusted`; else None."""
+    if not isinstance(address, Tcp | Unix | Vsock):
+        return None
+    kind = next(kind for kind, made in _LASTING.items() if isinstance(address, made))
+    return {"type": kind, **asdict(address)}
+
+
+def of_json_untrusted(value: Json) -> Address | None:
+    """The address, or None if that is not what it is."""
+    if not isinstance(value, dict) or value.get("type") not in [*_LASTING]:
+        return None
+    members: dict[str, Any] = dict(value)
+    made: Callable[..., Address] = _LASTING[members.pop("type")]
+    try:
+        return made(**members)
+    except TypeError:
+        return None
+
+
+# --- QEMU's URIs ---------------------------------------------------------------------
 
 
 def parse(uri: str) -> Address:

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import trio
@@ -474,6 +475,14 @@ class Listener:
     def describe(self) -> list[dict[str, Json]]:
         """The `socket-address` of query-migrate."""
         return [_describe(sock) for sock in self._sockets]
+
+    @property
+    def lasting(self) -> Address | None:
+        """Where another process can listen in our place; None: it cannot."""
+        if isinstance(self.address, Tcp) and self._sockets:
+            port = str(self._sockets[0].getsockname()[1])
+            return replace(self.address, port=port, to=None)
+        return self.address if isinstance(self.address, Unix | Vsock) else None
 
     def is_at(self, address: Address) -> bool:
         """Whether whoever connects to `address` comes here."""

@@ -10,7 +10,7 @@ import tomllib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from common import address
+from common import address, recovery
 from common.guest.parked import RamFile, parse_size
 from common.host import systemd
 from common.qmp import schema
@@ -63,7 +63,8 @@ class ServeConfig:
 
     The source has `track` and `preempt_early`; the destination has `incoming`,
     `copy` and `overcommit`. `parameters` are migration parameters to begin with.
-    `sockets` are descriptors of control sockets that the service manager made.
+    `sockets` are descriptors of control sockets that the service manager made,
+    `stored` those that it kept for us.
     """
 
     guest: GuestConfig
@@ -78,6 +79,7 @@ class ServeConfig:
     overcommit: bool = False
     tuning: Tuning = USUAL
     parameters: Mapping[str, Json] = field(default_factory=dict)
+    stored: Mapping[str, int] = field(default_factory=systemd.stored)
 
     @property
     def control(self) -> str:
@@ -88,6 +90,8 @@ class ServeConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConfigFile:
     """What a file said when it was read: options by name, migration parameters.
+
+    What the table `[recovery]` has is among the parameters.
 
     `kind` is the type of the schema that its options are checked with.
     """
@@ -126,16 +130,19 @@ def read_file(path: str, kind: str) -> ConfigFile:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{path}: {reason}") from None
     parameters = content.pop("parameters", {})
+    recover = content.pop(recovery.TABLE, {})
     known = schema.load(FILES)
     try:
         known.object(kind).check_arguments({"qmp": [], **content})
         known.object("MigrationParameters").check(parameters, "parameters")
+        recovery.table(known).check(recover, recovery.TABLE)
+        parameters = {**parameters, **recovery.parameters(recover)}
         if parameters:
             Settings().set_parameters(parameters)
     except CommandError as error:
         meant = ""
         if error.desc.endswith("is unexpected"):
-            meant = _suggestion(known, kind, content, parameters)
+            meant = _suggestion(known, kind, content, parameters, recover)
         raise ConfigError(f"{path}: {error.desc}{meant}") from None
     return ConfigFile(path=path, kind=kind, options=content, parameters=parameters)
 
@@ -145,6 +152,7 @@ def _suggestion(
     kind: str,
     content: Mapping[str, Json],
     parameters: Mapping[str, Json],
+    recover: Mapping[str, Json],
 ) -> str:
     """What the first name that nobody knows may have been meant to be."""
     options = [member.name for member in known.object(kind).members]
@@ -153,8 +161,10 @@ def _suggestion(
         if name in settings:
             return "; it belongs into the table [parameters]"
         return _close_to(name, options)
-    for name in (one for one in parameters if one not in settings):
-        return _close_to(name, settings)
+    attempts = [member.name for member in recovery.table(known).members]
+    for given, names in ((parameters, settings), (recover, attempts)):
+        for name in (one for one in given if one not in names):
+            return _close_to(name, names)
     return ""
 
 

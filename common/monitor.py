@@ -49,6 +49,9 @@ class Monitor:
         self.take_descriptor: Callable[[], int | None] = lambda: None
         self.before_end: Callable[[], object] = lambda: None
         self.memory_problem: Callable[[], str | None] = lambda: None
+        self.in_postcopy: Callable[[], bool] = lambda: False
+        self.guest_stays = False
+        """The daemon ends and its guest's process must not: see `shut_down`."""
 
     @property
     def handlers(self) -> dict[str, Handler]:
@@ -86,8 +89,13 @@ class Monitor:
         self.emit("RESUME", None)
 
     def shut_down(self, reason: str) -> None:
-        """Say that this is the end, once."""
+        """Say that this is the end, once.
+
+        In the middle of postcopy the guest is on both hosts. Then only who says
+        `quit` ends it; after a signal the next daemon goes on with it.
+        """
         if not self.quitting.is_set():
+            self.guest_stays = self.in_postcopy() and reason == "host-signal"
             self.emit("SHUTDOWN", {"guest": False, "reason": reason})
             self.before_end()
             self.close()

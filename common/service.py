@@ -59,7 +59,6 @@ async def serve_monitor(
     task_status: trio.TaskStatus[None],
 ) -> None:
     """Answer on the control sockets until `quit` or a signal."""
-    monitor.settings.set_parameters(config.parameters)
     human = HumanMonitor(handlers, cpus=len(monitor.guest.vcpus), check_uri=_check_uri)
     server = QmpServer(
         {**handlers, "human-monitor-command": human.command},
@@ -96,7 +95,9 @@ def _check_uri(uri: str) -> None:
 
 
 @asynccontextmanager
-async def responsible_for(guest: Guest, config: ServeConfig) -> AsyncIterator[None]:
+async def responsible_for(
+    guest: Guest, config: ServeConfig, monitor: Monitor
+) -> AsyncIterator[None]:
     """A guest that we started ends with us, or when we cannot even begin.
 
     One that attached goes on. A fault of ours ends neither: the guest waits for
@@ -105,9 +106,13 @@ async def responsible_for(guest: Guest, config: ServeConfig) -> AsyncIterator[No
     try:
         yield
     except (MigrationError, OSError):
-        await _end(guest, config)
+        if not (isinstance(guest, AttachedGuest) and guest.has_outlived):
+            await _end(guest, config)
         raise
-    await _end(guest, config)
+    if monitor.guest_stays:
+        log.warning("ended in the middle of postcopy: start again, and recover")
+    else:
+        await _end(guest, config)
 
 
 async def _end(guest: Guest, config: ServeConfig) -> None:

@@ -182,6 +182,26 @@ class Settings:
             if broken:
                 raise CommandError(rule.text)
 
+    # -- over the daemon's death
+
+    def snapshot(self) -> Mapping[str, Json]:
+        """All of it, for `restore`."""
+        on: list[Json] = [name for name, on in self._on.items() if on]
+        return {"capabilities": on, "parameters": self.parameters()}
+
+    def restore_untrusted(self, snapshot: Mapping[str, Json]) -> None:
+        """What was set when `snapshot` was made; CommandError if that cannot be.
+
+        Nothing is probed: the guest may be in the middle of its migration.
+        """
+        on, parameters = snapshot.get("capabilities"), snapshot.get("parameters")
+        if not isinstance(on, list) or not isinstance(parameters, dict):
+            raise CommandError("kept settings that are none")
+        known = self._schema.object("MigrationParameters")
+        known.check(parameters, "parameters")
+        self._on = {name: name in on and name in SUPPORTED for name in self._on}
+        self.set_parameters(parameters)
+
     # -- parameters
 
     def number(self, parameter: str) -> int:

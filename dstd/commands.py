@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Final
 
 from common import status
 from common.dirty_rate import DirtyRate
 from common.errors import GuestError, HostError
+from common.guest.base import GuestState
+from common.guest.keeping import Keeping
 from common.qmp.session import CommandError
 from common.status import MigrationStatus as M
 from dstd.incoming import IncomingMigration
+from dstd.record import new_journal, record_of_untrusted
 from dstd.report import migration_info
 
 if TYPE_CHECKING:
@@ -19,11 +23,16 @@ if TYPE_CHECKING:
 
     from common import address
     from common.config import ServeConfig
+    from common.guest.journal import Journal
     from common.monitor import Monitor
     from common.qmp.message import Json
     from common.qmp.server import Handler
+    from dstd.record import Record
+
+log = logging.getLogger(__name__)
 
 ARRIVING: Final = frozenset(M) - {M.NONE, M.SETUP, M.COMPLETED, M.FAILED}
+POSTCOPY: Final = frozenset({M.POSTCOPY_ACTIVE, M.POSTCOPY_PAUSED, M.POSTCOPY_RECOVER})
 PAUSABLE: Final = frozenset({M.POSTCOPY_ACTIVE, M.POSTCOPY_RECOVER})
 ARRIVED: Final = frozenset({"running", "paused"})
 
@@ -40,6 +49,7 @@ class DestinationCommands:
         self._monitor = monitor
         self._config = config
         self._nursery = nursery
+        self._keeping = Keeping(monitor.guest, config.stored)
         self._status = status.incoming()
         self._status.listeners.append(monitor.announce)
         self._migration: IncomingMigration | None = None
@@ -50,6 +60,8 @@ class DestinationCommands:
         )
         monitor.settings.postcopy_problem = self._postcopy_problem
         monitor.settings.listening = lambda: self._migration is not None
+        monitor.settings.changed = self._note_settings
+        monitor.in_postcopy = lambda: self._status.now in POSTCOPY
         monitor.memory_problem = self._memory_problem
 
     @property
@@ -71,6 +83,10 @@ class DestinationCommands:
             "query-migrate": self._query_migrate,
         }
 
+    def _note_settings(self) -> None:
+        if self._migration:
+            self._migration.note_settings()
+
     def _postcopy_problem(self) -> str | None:
         migration = self._migration or self._new_migration()
         try:
@@ -85,7 +101,9 @@ class DestinationCommands:
             return "guest memory is still arriving; wait until the migration completed"
         return None
 
-    def _new_migration(self) -> IncomingMigration:
+    def _new_migration(
+        self, journal: Journal[Record] | None = None
+    ) -> IncomingMigration:
         return IncomingMigration(
             self._monitor.guest,
             self._monitor.settings,
@@ -96,7 +114,48 @@ class DestinationCommands:
             copy=self._config.copy,
             overcommit=self._config.overcommit,
             tuning=self._config.tuning,
+            journal=journal,
         )
+
+    async def take_up(self) -> bool:
+        """Go on with what a daemon before us has left; False: there is nothing.
+
+        HostError if that daemon still lives, or the guest is of no use any more.
+        """
+        guest = self._monitor.guest
+        journal = new_journal(guest, self._keeping)
+        if (content := journal.find()) is None:
+            return False
+        journal.record = record_of_untrusted(content)
+        if journal.record.source_has_it:
+            await self._start_anew(journal)
+            return False
+        self._monitor.settings.restore_untrusted(journal.record.settings)
+        migration = self._migration = self._new_migration(journal)
+        await migration.take_up()
+        log.warning(
+            "taking up what the daemon before this one has left: %s",
+            journal.record.phase,
+        )
+        if self._status.now is not M.FAILED:
+            self._nursery.start_soon(self._run, migration, False)
+        return True
+
+    async def _start_anew(self, journal: Journal[Record]) -> None:
+        """The source has its guest: what came of it is of no use."""
+        guest = self._monitor.guest
+        await journal.end()
+        if guest.state is not GuestState.INCOMING:
+            await guest.quit()
+            raise HostError(
+                "the guest's process has loaded a guest that runs at the source; it"
+                " was ended: start it again, and migrate again"
+            )
+        migration = self._new_migration()
+        try:
+            migration.memory.finish()
+        finally:
+            migration.memory.close()
 
     async def listen(self, target: address.Address, *, exit_on_error: bool) -> None:
         """Begin to wait for a source; HostError if the address cannot be bound."""

@@ -32,10 +32,13 @@ async def serve(
         guest = await obtain(
             config.guest, nursery, incoming=True, control=config.control
         )
-        async with responsible_for(guest, config):
-            monitor = Monitor(guest, config.guest.name, "inmigrate")
+        monitor = Monitor(guest, config.guest.name, "inmigrate")
+        async with responsible_for(guest, config, monitor):
+            monitor.settings.set_parameters(config.parameters)
             commands = DestinationCommands(monitor, config, nursery)
-            if config.incoming and config.incoming != "defer":
+            if await commands.take_up():
+                log.info("see docs/recovery.md")
+            elif config.incoming and config.incoming != "defer":
                 target = address.parse(config.incoming)
                 await commands.listen(target, exit_on_error=True)
             await serve_monitor(

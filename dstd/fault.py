@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import os
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from common.errors import HostError, StreamError
+from common.guest.keeping import check_kept
 from common.native._native import ffi, lib
 from common.native.loop import Stop, check, run_loop
 from common.native.ram import Ram
 from common.native.stats import histogram
 from common.stream import bitmap
 from common.stream.constants import LAYOUT_CHUNK, TARGET_PAGE_SIZE
+from dstd.record import RECEIVED
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -47,15 +50,19 @@ def choose_way(guest: Guest, *, copy: bool = False) -> int:
 
 
 class Memory:
-    """The guest's RAM while it arrives: what is here, what is asked for."""
+    """The guest's RAM while it arrives: what is here, what is asked for.
 
-    def __init__(self, guest: Guest, way: int) -> None:
+    `left` is the file in which a daemon before us noted what is here.
+    """
+
+    def __init__(self, guest: Guest, way: int, left: int | None = None) -> None:
         self._ram = Ram(guest.blocks)
         self._native = ffi.new("struct destination *")
         vcpus = ffi.new("uint32_t[]", list(guest.vcpus))
         uffd = -1 if guest.userfaultfd is None else guest.userfaultfd
         try:
-            check(lib.ram_prepare_destination(self._ram.native))
+            self.kept = self._open_kept(guest, left)
+            check(lib.ram_prepare_destination(self._ram.native, self.kept))
             check(
                 lib.destination_open(
                     self._native, self._ram.native, way, uffd, vcpus, len(guest.vcpus)
@@ -69,6 +76,14 @@ class Memory:
         self._prepare_stop = Stop()
         self.way = way
         self._channel: CData = None
+
+    def _open_kept(self, guest: Guest, left: int | None) -> int:
+        """The file in which we note it: it can be kept over our death."""
+        length = int(lib.ram_kept_length(self._ram.native))
+        if left is None:
+            return guest.make_kept(RECEIVED, length)
+        check_kept(left, length)
+        return os.dup(left)
 
     @property
     def way_name(self) -> str:
@@ -236,6 +251,7 @@ class Memory:
         """No loop may run any more."""
         lib.destination_close(self._native)
         self._ram.close()
+        os.close(self.kept)
         self._stop.close()
         self._sweep_stop.close()
         self._prepare_stop.close()

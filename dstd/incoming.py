@@ -13,11 +13,13 @@ next connection is that of a source that resumes.
 from __future__ import annotations
 
 import logging
+import os
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, Final
 
 import trio
 
+from common import address
 from common import status as statuses
 from common.channel import Listener
 from common.errors import (
@@ -28,6 +30,8 @@ from common.errors import (
     StreamError,
     cause_of,
 )
+from common.guest.base import GuestState
+from common.guest.keeping import Keeping
 from common.status import MigrationStatus as M
 from common.status import PostcopyState as P
 from common.stream import command, fields, returnpath, section, vmdesc
@@ -39,6 +43,15 @@ from dstd.devices import Devices
 from dstd.ending import receive_ending_untrusted
 from dstd.fault import Loader, Memory, choose_way
 from dstd.peer import Peer
+from dstd.record import (
+    PACKAGE,
+    POSTCOPY,
+    RECEIVED,
+    Phase,
+    Record,
+    kept_package,
+    new_journal,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -46,6 +59,7 @@ if TYPE_CHECKING:
     from common.address import Address
     from common.channel import Channel
     from common.guest.base import Guest
+    from common.guest.journal import Journal
     from common.qmp.message import Json
     from common.settings import Settings
 
@@ -64,18 +78,18 @@ LISTEN_AGAIN_SECONDS: Final = 1.0
 class Connection:
     """The channels of one source, and what reads from them.
 
-    `before` is the connection that was lost, if this is a recovery.
+    `known` is what is known of the source, if this is a recovery.
     """
 
     def __init__(
-        self, main: Channel, memory: Memory, before: Connection | None = None
+        self, main: Channel, memory: Memory, known: Record | None = None
     ) -> None:
         self.main = main
         self.loader = Loader(memory, main, preempt=False)
-        self.peer: Peer = before.peer.reconnected(main) if before else Peer(main)
-        self.section_id: int = before.section_id if before else 0
-        if before:
-            self.loader.begin(before.section_id)
+        self.peer = Peer(main)
+        if known:
+            self.peer.comes_back(is_srcd=known.is_srcd)
+            self.loader.begin(known.section_id)
         self.preempt: Channel | None = None
         self.preempt_came = trio.Event()
         self.stack = ExitStack()
@@ -115,13 +129,16 @@ class IncomingMigration:
         copy: bool = False,
         overcommit: bool = False,
         tuning: Tuning = USUAL,
+        journal: Journal[Record] | None = None,
     ) -> None:
         self.guest = guest
         self.settings = settings
         self.status = status
         self.error: MigrationError | None = None
         self.postcopy = statuses.postcopy()
-        self.memory = Memory(guest, choose_way(guest, copy=copy))
+        self._journal = journal or new_journal(guest, Keeping(guest))
+        left = self._journal.keeping.find(RECEIVED) if journal else None
+        self.memory = Memory(guest, choose_way(guest, copy=copy), left)
         self.admission = Admission(guest, settings, self.memory, overcommit=overcommit)
         self._devices = Devices(guest)
         self._tuning = tuning
@@ -141,13 +158,13 @@ class IncomingMigration:
 
     # -- listening
 
-    async def listen(self, address: Address) -> None:
+    async def listen(self, target: Address) -> None:
         """Bind; HostError if that is not possible. Afterwards status is setup."""
-        self._listener = await self._open(address)
+        self._listener = await self._open(target)
         self.status.set(M.SETUP)
 
-    async def _open(self, address: Address) -> Listener:
-        listener = Listener(address, peer_timeout=self._tuning.peer_timeout)
+    async def _open(self, target: Address) -> Listener:
+        listener = Listener(target, peer_timeout=self._tuning.peer_timeout)
         await listener.open()
         return listener
 
@@ -166,15 +183,15 @@ class IncomingMigration:
         if self._link:
             self._link.break_connection()
 
-    async def recover(self, address: Address) -> None:
-        """Listen at `address` for the source of a paused postcopy; HostError.
+    async def recover(self, target: Address) -> None:
+        """Listen at `target` for the source of a paused postcopy; HostError.
 
         Where it listened before it listens on if that fails.
         """
         assert self._listener is not None
-        if self._listener.is_at(address):
+        if self._listener.is_at(target):
             return
-        listener = await self._open(address)
+        listener = await self._open(target)
         if self.status.now is not M.POSTCOPY_PAUSED:
             listener.close()
             raise HostError("the source has come back meanwhile")
@@ -182,6 +199,78 @@ class IncomingMigration:
         self._waiting.cancel()
         self._listener.close()
         self._listener = listener
+        self._journal.write(address=self._lasting_address)
+
+    @property
+    def _lasting_address(self) -> Mapping[str, Json] | None:
+        return address.to_json(self._listener.lasting) if self._listener else None
+
+    def note_settings(self) -> None:
+        """They have changed, and are to hold over our death."""
+        self._journal.write(settings=self.settings.snapshot())
+
+    # -- after a daemon before us
+
+    async def take_up(self) -> None:
+        """Go on with what its record says, by `run`; HostError or GuestError.
+
+        The status tells what there is to do: wait for the source in
+        postcopy-paused, tell it in completed, nothing in failed.
+        """
+        record = self._journal.record
+        self._loaded = True
+        if record.phase in POSTCOPY:
+            await self._take_up_postcopy(record)
+        elif (
+            record.phase is Phase.ARRIVED and self.guest.state is not GuestState.RUNNING
+        ):
+            self._run_state("paused")
+            self.status.set(M.FAILED)
+            self.error = HostError(
+                "the daemon ended when the guest was here and had not been run yet:"
+                " see whether it runs at the source before you continue it here"
+            )
+        else:
+            self._told = record.phase is Phase.TOLD
+            self._show_run_state()
+            self.postcopy.set(P.ADVISE)
+            self.postcopy.set(P.END)
+            self.status.set(M.COMPLETED)
+        await self._listen_again(record)
+
+    async def _take_up_postcopy(self, record: Record) -> None:
+        if record.phase is Phase.PACKAGED:
+            package = split_package_untrusted(kept_package(self._journal.keeping))
+            self._devices.package_untrusted(package)
+        self.postcopy.set(P.ADVISE)
+        self.postcopy.set(P.LISTENING)
+        if record.phase is Phase.RUNNING or self.guest.state is GuestState.RUNNING:
+            if self.guest.state is GuestState.INCOMING:
+                await self.guest.cont()
+            self._show_run_state()
+            self.postcopy.set(P.RUNNING)
+            self._running.set()
+        # Whoever waits for a page since then faults again.
+        self.memory.listen()
+        self.memory.wake()
+        self.error = ChannelLost("the daemon ended in the middle of postcopy")
+        self.status.set(M.POSTCOPY_PAUSED)
+
+    def _show_run_state(self) -> None:
+        runs = self.guest.state is GuestState.RUNNING
+        self._run_state("running" if runs else "paused")
+
+    async def _listen_again(self, record: Record) -> None:
+        """Where it listened, if that is possible; else the operator says where."""
+        target = address.of_json_untrusted(dict(record.address or {}))
+        self._listener = Listener(target or address.Tcp("", "0"))
+        if target is None:
+            return
+        try:
+            self._listener = await self._open(target)
+        except HostError as error:
+            log.warning("order migrate-recover with another address: %s", error)
+            self.error = error
 
     # -- the whole
 
@@ -192,9 +281,12 @@ class IncomingMigration:
             # The fault loop outlives the connection: what is here is served to
             # the guest while the rest cannot come.
             async with trio.open_nursery() as self._standing:
-                main = await self._listener.accept("main")
-                self.status.set(M.ACTIVE)
-                await self._take(Connection(main, self.memory), self._receive)
+                if self.status.now is M.SETUP:
+                    main = await self._listener.accept("main")
+                    self.status.set(M.ACTIVE)
+                    await self._take(Connection(main, self.memory), self._receive)
+                elif self.status.now is M.POSTCOPY_PAUSED:
+                    self._standing.start_soon(self._answer_faults)
                 while self.status.now is M.POSTCOPY_PAUSED:
                     await self._come_back()
                 self._standing.cancel_scope.cancel()
@@ -301,8 +393,19 @@ class IncomingMigration:
         self.admission.check_blocks(blocks)
         # Not before: a source that is refused must not cost us what we hold.
         await trio.to_thread.run_sync(self.memory.empty)
-        link.section_id = start.section_id
         link.loader.begin(start.section_id)
+        await self._keep(link.peer, start.section_id)
+
+    async def _keep(self, peer: Peer, section_id: int) -> None:
+        """From now on whoever comes after us learns how far this has come."""
+        self._journal.record = Record(
+            section_id=section_id,
+            is_srcd=peer.is_srcd,
+            address=self._lasting_address,
+            settings=self.settings.snapshot(),
+        )
+        await self._journal.keeping.keep(RECEIVED, self.memory.kept)
+        await self._journal.begin()
 
     # -- sections
 
@@ -368,6 +471,7 @@ class IncomingMigration:
     async def _arrive(self, link: Connection) -> None:
         """All is here: load the device state, take the guest over, run it."""
         await self._devices.load()
+        self._journal.write(phase=Phase.ARRIVED)
         if link.peer.is_srcd:
             await link.peer.say(returnpath.Pong(c.PING_LOADED))
             await link.peer.wait_for_commit()
@@ -393,9 +497,8 @@ class IncomingMigration:
         """The switch: from here on a missing page is a fault."""
         if self.postcopy.now is not P.ADVISE:
             raise StreamError("a package without ADVISE, or a second one")
-        package = split_package_untrusted(
-            await link.main.decode(lambda read: fields.take_untrusted(read, size))
-        )
+        blob = await link.main.decode(lambda read: fields.take_untrusted(read, size))
+        package = split_package_untrusted(blob)
         if not package.listen or not package.run:
             raise StreamError("a package without LISTEN first and RUN last")
         await self._preempt_needed(link)
@@ -403,6 +506,7 @@ class IncomingMigration:
         if link.loader.discards:
             self.postcopy.set(P.DISCARD)
         self._devices.package_untrusted(package)
+        await self._keep_package(link.peer, blob)
         self.memory.connect(link.main)
         self.memory.listen()
         link.stack.enter_context(processors_awake(self._tuning.awake))
@@ -412,6 +516,18 @@ class IncomingMigration:
         if link.preempt:
             nursery.start_soon(self._load_urgent, link.preempt)
         nursery.start_soon(self._run_package, link.peer, package, nursery)
+
+    async def _keep_package(self, peer: Peer, blob: bytes) -> None:
+        """A QEMU has given its guest up with it, srcd waits until it is loaded."""
+        if not peer.is_srcd:
+            keeping = self._journal.keeping
+            fd = keeping.make(PACKAGE, len(blob))
+            try:
+                os.pwrite(fd, blob, 0)
+                await keeping.keep(PACKAGE, fd)
+            finally:
+                os.close(fd)
+        self._journal.write(phase=Phase.PACKAGED)
 
     async def _answer_faults(self) -> None:
         """As long as the guest may wait for a page.
@@ -447,6 +563,7 @@ class IncomingMigration:
     ) -> None:
         """Load the device state, say so, and run the guest."""
         await self._devices.load()
+        self._journal.write(phase=Phase.LOADED)
         self._loaded = True
         for value in package.pings:
             await peer.say(returnpath.Pong(value))
@@ -461,6 +578,7 @@ class IncomingMigration:
             with trio.CancelScope(shield=True):
                 self.postcopy.set(P.RUNNING)
                 await self._start_guest(True)
+                self._journal.write(phase=Phase.RUNNING)
                 self._running.set()
 
     async def _load_urgent(self, channel: Channel) -> None:
@@ -481,6 +599,7 @@ class IncomingMigration:
         await self._last_pages(link)
         await self._running.wait()
         self.memory.finish()
+        self._journal.write(phase=Phase.COMPLETE)
         self.postcopy.set(P.END)
         if link.preempt:
             link.preempt.break_connection()
@@ -514,7 +633,7 @@ class IncomingMigration:
         if main:
             self.error = None
             self.status.set(M.POSTCOPY_RECOVER)
-            link = Connection(main, self.memory, self._link)
+            link = Connection(main, self.memory, self._journal.record)
             await self._take(link, self._recover)
 
     async def _next_source(self) -> Channel | None:
@@ -547,14 +666,22 @@ class IncomingMigration:
         await self._sections(link, nursery)
 
     async def _go_on(self, nursery: trio.Nursery) -> None:
+        if self._journal.record.phase is Phase.PACKAGED:
+            await self._load_again()
         await self._run_guest()
         nursery.start_soon(self.memory.sweep)
+
+    async def _load_again(self) -> None:
+        """A daemon before us died while it loaded the device state, or before."""
+        if self.guest.state is GuestState.INCOMING:
+            await self._devices.load()
+        self._journal.write(phase=Phase.LOADED)
 
     async def _tell_again(self, listener: Listener) -> None:
         """All is here, but the source may not know: tell it if it comes back."""
         while not self._told:
             main = await listener.accept("main")
-            link = Connection(main, self.memory, self._link)
+            link = Connection(main, self.memory, self._journal.record)
             try:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._accept_more, link)
@@ -574,16 +701,21 @@ class IncomingMigration:
         await link.peer.say(returnpath.ResumeAck())
         while await link.loader.sections() is not None:
             if await link.peer.next_kind() == c.QEMU_VM_EOF:
-                self._told = await link.peer.done()
+                await self._done(link)
                 return
             await self._command(link, await link.peer.command())
 
     # -- the ends
 
     async def _complete(self, link: Connection) -> None:
-        self._told = await link.peer.done()
+        await self._done(link)
         self.error = None
         self.status.set(M.COMPLETED)
+
+    async def _done(self, link: Connection) -> None:
+        self._told = await link.peer.done()
+        if self._told:
+            self._journal.write(phase=Phase.TOLD)
 
     async def _failed(self, error: MigrationError, peer: Peer | None = None) -> None:
         log.warning("migration failed: %s", error)
@@ -597,3 +729,4 @@ class IncomingMigration:
         if peer and (peer.is_srcd or not self._loaded):
             await peer.tell(error)
         self.status.set(M.FAILED)
+        await self._journal.end()

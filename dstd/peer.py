@@ -36,12 +36,10 @@ class Peer:
         self.committed = trio.Event()
         self._let_go = False
 
-    def reconnected(self, main: Channel) -> Peer:
-        """The same source on a new connection."""
-        peer = Peer(main)
-        peer.return_path = True
-        peer.is_srcd = self.is_srcd
-        return peer
+    def comes_back(self, *, is_srcd: bool) -> None:
+        """A source that resumes says nothing of itself again."""
+        self.return_path = True
+        self.is_srcd = is_srcd
 
     async def command(self) -> command.Command:
         """The command behind the type byte that was read last."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -10,19 +11,26 @@ import trio
 from common import address, status
 from common.dirty_rate import DirtyRate
 from common.errors import MigrationError
+from common.guest.keeping import Keeping
 from common.qmp.session import CommandError
 from common.status import MigrationStatus as M
 from common.tuning import USUAL, Tuning
 from srcd.outgoing import OutgoingMigration
+from srcd.record import Phase, new_journal, record_of_untrusted
+from srcd.recovery import AutomaticRecovery
 from srcd.report import migration_info
 from srcd.written import Written
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
+    from common.guest.journal import Journal
     from common.monitor import Monitor
     from common.qmp.message import Json
     from common.qmp.server import Handler
+    from srcd.record import Record
+
+log = logging.getLogger(__name__)
 
 # How long taking the guest back may take when the daemon ends.
 GIVE_UP_SECONDS: Final = 10.0
@@ -36,6 +44,8 @@ POSTCOPY: Final = frozenset(
     }
 )
 PAUSABLE: Final = frozenset({M.POSTCOPY_ACTIVE, M.POSTCOPY_RECOVER})
+# The order is refused in the end unless the attempt is one of automatic recovery.
+RESUMABLE: Final = POSTCOPY - {M.POSTCOPY_ACTIVE}
 
 
 class SourceCommands:
@@ -49,8 +59,10 @@ class SourceCommands:
         track: bool = True,
         preempt_early: bool = False,
         tuning: Tuning = USUAL,
+        stored: Mapping[str, int] | None = None,
     ) -> None:
         self._monitor = monitor
+        self._keeping = Keeping(monitor.guest, stored)
         self._nursery = nursery
         self._preempt_early = preempt_early
         self._tuning = tuning
@@ -58,11 +70,13 @@ class SourceCommands:
         self._status = status.outgoing()
         self._status.listeners.append(monitor.announce)
         self._migration: OutgoingMigration | None = None
+        self._recovery: AutomaticRecovery
         self._dirty_rate = DirtyRate(
             monitor.guest, nursery, writes=self._writes, problem=self._in_progress
         )
-        monitor.settings.changed = self._apply_limits
+        monitor.settings.changed = self._settings_changed
         monitor.before_end = self._let_go
+        monitor.in_postcopy = lambda: self._status.now in POSTCOPY
 
     @property
     def handlers(self) -> dict[str, Handler]:
@@ -87,9 +101,10 @@ class SourceCommands:
         if name != "MIGRATION_PASS" or self._monitor.settings.on("events"):
             self._monitor.emit(name, data)
 
-    def _apply_limits(self) -> None:
+    def _settings_changed(self) -> None:
         if self._migration:
-            self._migration.apply_limits()
+            self._migration.settings_changed()
+            self._recovery.settings_changed()
 
     def _writes(self) -> Written | None:
         return Written.of(self._monitor.guest) if self._track else None
@@ -102,6 +117,37 @@ class SourceCommands:
     def _check_idle(self) -> None:
         if problem := self._in_progress():
             raise CommandError(problem)
+
+    # -- after a daemon before us
+
+    async def take_up(self) -> None:
+        """Go on with what a daemon before us has left, if anything.
+
+        HostError if that daemon still lives, GuestError if the guest cannot go on.
+        """
+        guest = self._monitor.guest
+        journal = new_journal(guest, self._keeping)
+        if (content := journal.find()) is None:
+            return
+        record = journal.record = record_of_untrusted(content)
+        if record.guest_is_here:
+            await self._keep_guest(record, journal)
+            return
+        self._monitor.settings.restore_untrusted(record.settings)
+        log.warning(
+            "taking up what the daemon before this one has left: %s", record.phase
+        )
+        migration = self._migration = self._new_migration(journal)
+        migration.take_up()
+        self._recovery = AutomaticRecovery(migration, self._emit)
+        self._nursery.start_soon(self._run, migration, None)
+
+    async def _keep_guest(self, record: Record, journal: Journal[Record]) -> None:
+        """The migration is over; the guest goes on as it was before."""
+        if record.phase is not Phase.HERE and record.was_running:
+            log.warning("the daemon before this one ended when the guest was stopped")
+            await self._monitor.continue_guest()
+        await journal.end()
 
     # -- run state
 
@@ -136,9 +182,10 @@ class SourceCommands:
             )
         await self._dirty_rate.abandon()
         migration = self._migration = self._new_migration()
+        self._recovery = AutomaticRecovery(migration, self._emit)
         self._status.set(M.SETUP)
         target = self._monitor.descriptors.resolve(target)
-        self._nursery.start_soon(migration.run, target)
+        self._nursery.start_soon(self._run, migration, target)
         if isinstance(target, address.Fd | address.File | address.Exec):
             # These are opened without waiting, so the reply can tell.
             await migration.opened.wait()
@@ -146,7 +193,18 @@ class SourceCommands:
                 raise CommandError(str(migration.error))
         return None
 
-    def _new_migration(self) -> OutgoingMigration:
+    async def _run(
+        self, migration: OutgoingMigration, target: address.Address | None
+    ) -> None:
+        """With what recovers it, as long as it lasts."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._recovery.run)
+            await migration.run(target)
+            nursery.cancel_scope.cancel()
+
+    def _new_migration(
+        self, journal: Journal[Record] | None = None
+    ) -> OutgoingMigration:
         try:
             return OutgoingMigration(
                 self._monitor.guest,
@@ -157,15 +215,19 @@ class SourceCommands:
                 track=self._track,
                 preempt_early=self._preempt_early,
                 tuning=self._tuning,
+                journal=journal or new_journal(self._monitor.guest, self._keeping),
             )
         except MigrationError as error:
             raise CommandError(str(error)) from None
 
     async def _resume(self, target: address.Address) -> Json:
-        if self._migration is None or self._status.now is not M.POSTCOPY_PAUSED:
+        if self._migration is None or self._status.now not in RESUMABLE:
             raise CommandError("Cannot resume if there is no paused migration")
         if isinstance(target, address.File | address.Exec):
             raise CommandError(f"Cannot resume at '{target}': nobody answers there")
+        await self._recovery.give_way()
+        if self._status.now is not M.POSTCOPY_PAUSED:
+            raise CommandError("Cannot resume if there is no paused migration")
         self._migration.resume(self._monitor.descriptors.resolve(target))
         return None
 
@@ -210,6 +272,7 @@ class SourceCommands:
             )
         if not self._migration.pausable:
             raise CommandError("The guest is being handed over; pause in a moment")
+        self._recovery.hold()
         self._migration.pause()
         return None
 
@@ -240,4 +303,5 @@ class SourceCommands:
     async def _query_migrate(self, _: Mapping[str, Json]) -> Json:
         if self._migration is None:
             return {}
-        return migration_info(self._migration, time.monotonic())
+        recovery = self._recovery.figures()
+        return migration_info(self._migration, time.monotonic(), recovery)

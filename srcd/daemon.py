@@ -25,15 +25,18 @@ async def serve(
         guest = await obtain(
             config.guest, nursery, incoming=False, control=config.control
         )
-        async with responsible_for(guest, config):
-            monitor = Monitor(guest, config.guest.name, guest_runs(guest))
+        monitor = Monitor(guest, config.guest.name, guest_runs(guest))
+        async with responsible_for(guest, config, monitor):
+            monitor.settings.set_parameters(config.parameters)
             commands = SourceCommands(
                 monitor,
                 nursery,
                 track=config.track,
                 preempt_early=config.preempt_early,
                 tuning=config.tuning,
+                stored=config.stored,
             )
+            await commands.take_up()
             await serve_monitor(
                 config, monitor, commands.handlers, nursery, task_status
             )

@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
+from common import address as address_of
 from common.channel import Channel, connect
 from common.errors import ChannelLost, GuestError, MigrationError, cause_of
 from common.guest.base import GuestState
+from common.guest.keeping import Keeping
 from common.status import MigrationStatus as M
 from common.stream import command, section
 from common.stream import constants as c
@@ -33,6 +35,7 @@ from srcd.account import Sent, Times
 from srcd.convergence import Convergence
 from srcd.peer import Peer
 from srcd.pump import Pump, Tracking
+from srcd.record import Phase, Record, new_journal
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from common import status as statuses
     from common.address import Address
     from common.guest.base import Guest
+    from common.guest.journal import Journal
     from common.native.loop import Stop
     from common.qmp.message import Json
     from common.settings import Settings
@@ -79,8 +83,10 @@ class OutgoingMigration:
         track: bool = True,
         preempt_early: bool = False,
         tuning: Tuning = USUAL,
+        journal: Journal[Record] | None = None,
     ) -> None:
         self.guest = guest
+        self._journal = journal or new_journal(guest, Keeping(guest))
         self.settings = settings
         self.status = status
         self.error: MigrationError | None = None
@@ -104,10 +110,13 @@ class OutgoingMigration:
         self._prepares = False  # dstd allocates memory ahead
         self._cancel_asked = False
         self._why_paused: ChannelLost | None = None
+        self._attempt_scope = trio.CancelScope()  # to connect for a recovery
         self._order_resume: trio.MemorySendChannel[Address]
         self._resumes: trio.MemoryReceiveChannel[Address]
         self._order_resume, self._resumes = trio.open_memory_channel(1)
         self._continued = trio.Event()
+        self.address: Address | None = None
+        """Where it goes, or went last."""
         self.opened = trio.Event()
         """Connected, or over before that."""
         self._scope = trio.CancelScope()
@@ -170,8 +179,20 @@ class OutgoingMigration:
 
     def resume(self, address: Address) -> None:
         """Begin to recover a paused postcopy; the status tells how that goes."""
+        self.address = address
+        self._attempt_scope = trio.CancelScope()
         self.status.set(M.POSTCOPY_RECOVER_SETUP)
         self._order_resume.send_nowait(address)
+
+    def abandon(self) -> None:
+        """End an attempt to recover: soon it is paused again."""
+        self._break(ChannelLost("another order to resume has taken its place"))
+        self._attempt_scope.cancel()
+
+    def settings_changed(self) -> None:
+        """They hold at once, and over our death."""
+        self.apply_limits()
+        self._journal.write(settings=self.settings.snapshot())
 
     def apply_limits(self) -> None:
         """Bandwidth parameters have changed, or the phase has."""
@@ -182,15 +203,48 @@ class OutgoingMigration:
         name = "max-bandwidth" if precopy else "max-postcopy-bandwidth"
         self.pump.limit(self.settings.number(name))
 
+    # -- after a daemon before us
+
+    def take_up(self) -> None:
+        """Go on with what its record says, by `run`: the guest has moved."""
+        record = self._journal.record
+        self._owner = Owner.DESTINATION
+        self._return_path = True
+        self._was_running = record.was_running
+        self.address = address_of.of_json_untrusted(record.address)
+        self.peer.is_dstd = record.is_dstd
+        self.opened.set()
+        # What there was before is not known any more.
+        now = time.monotonic()
+        self.times = Times(begun=now, active=now, stopped=now, handed_over=now)
+        if record.phase is Phase.COMPLETED:
+            self.times.ended = now
+            self._run_state("postmigrate")
+            self.status.set(M.COMPLETED)
+        elif record.postcopy:
+            self.pump.owe_dirty()
+            self._run_state("finish-migrate")
+            self.error = ChannelLost("the daemon ended in the middle of postcopy")
+            self.status.set(M.POSTCOPY_PAUSED)
+        else:
+            self._run_state("paused")
+            self.error = ChannelLost(
+                "the daemon ended when the destination was told to run the guest: see"
+                " whether it does before you continue it here"
+            )
+            self.status.set(M.FAILED)
+
     # -- the whole
 
-    async def run(self, address: Address) -> None:
+    async def run(self, address: Address | None = None) -> None:
         """Migrate; never raises a MigrationError, the status tells.
 
-        Paused, it waits for the order to resume.
+        Paused, it waits for the order to resume; after `take_up` that is all.
         """
         try:
-            await self._attempt(self._migrate, address)
+            if address:
+                self.address = address
+                await self._attempt(self._migrate, address)
             while self.status.now in (M.POSTCOPY_PAUSED, M.POSTCOPY_RECOVER_SETUP):
                 await self._attempt(self._recover, await self._resumes.receive())
         finally:
@@ -243,10 +297,15 @@ class OutgoingMigration:
                     with trio.move_on_after(LAST_WORDS_SECONDS):
                         await self.peer.silent.wait()
                 raise
+        self._journal.write(phase=Phase.COMPLETED)
         self._run_state("postmigrate")
         self._end(M.COMPLETED)
 
     async def _phases(self, address: Address) -> None:
+        self._journal.record = Record(
+            address=address_of.to_json(address), settings=self.settings.snapshot()
+        )
+        await self._journal.begin()
         async with trio.open_nursery() as nursery:
             # Its RAM outlives the guest's process, but nothing else of it does.
             nursery.start_soon(self.guest.wait_gone)
@@ -323,6 +382,11 @@ class OutgoingMigration:
         self.pump.cut_short(False)
         self.apply_limits()
         self._was_running = self.guest.state is GuestState.RUNNING
+        self._journal.write(
+            phase=Phase.STOPPED,
+            was_running=self._was_running,
+            is_dstd=self.peer.is_dstd,
+        )
         # Before and after: no `cont` comes behind this, and one that is under
         # way has its word in between. That is why a paused guest is stopped too.
         self._run_state("finish-migrate")
@@ -354,7 +418,7 @@ class OutgoingMigration:
         await self.pump.last_pass()
         self.times.mark("pages")
         state = await self._save()
-        self._owner = Owner.PACKAGED
+        self._packaged(postcopy=False)
         await self._main.write(state.ending())
         self.times.mark("send")
         if not self._return_path:
@@ -362,10 +426,20 @@ class OutgoingMigration:
         else:
             if self.peer.is_dstd:
                 await self.peer.pong(c.PING_LOADED)
-                self._owner = Owner.DESTINATION
+                self._give_up()
                 await self._commit()
             await self.peer.shut_down()
         self._handed_over()
+
+    def _packaged(self, *, postcopy: bool) -> None:
+        """From here on a QEMU may run the guest."""
+        self._owner = Owner.PACKAGED
+        self._journal.write(phase=Phase.PACKAGED, postcopy=postcopy)
+
+    def _give_up(self) -> None:
+        """The guest is the destination's, and this daemon's death changes nothing."""
+        self._owner = Owner.DESTINATION
+        self._journal.write(phase=Phase.GONE)
 
     async def _commit(self) -> None:
         """The guest is given up for good: dstd runs it only when it has read this."""
@@ -401,7 +475,7 @@ class OutgoingMigration:
     async def _loaded(self) -> None:
         """From the destination's word on that it can run the guest, it is its."""
         await self.peer.pong(c.PING_LOADED)
-        self._owner = Owner.DESTINATION
+        self._give_up()
         self.status.set(M.POSTCOPY_ACTIVE)
         if self.peer.is_dstd:
             await self._commit()
@@ -437,7 +511,7 @@ class OutgoingMigration:
         await self.pump.discards()
         self.times.mark("discard")
         state = await self._save()
-        self._owner = Owner.PACKAGED
+        self._packaged(postcopy=True)
         self.apply_limits()
         await self._main.write(state.package())
         self.times.mark("send")
@@ -453,10 +527,12 @@ class OutgoingMigration:
 
     async def _recover(self, address: Address) -> None:
         """A new connection for a paused postcopy, to the end of the migration."""
-        with trio.move_on_after(self._tuning.patience) as patience:
+        self._attempt_scope.deadline = trio.current_time() + self._tuning.patience
+        with self._attempt_scope:
             self._connected = await self._connect(address, "main")
-        if patience.cancelled_caught:
+        if self._attempt_scope.cancelled_caught:
             raise ChannelLost(f"Failed to connect to '{address}': nobody answers")
+        self._journal.write(address=address_of.to_json(address))
         self.error = None
         self.status.set(M.POSTCOPY_RECOVER)
         self.peer.reconnected()
@@ -504,11 +580,13 @@ class OutgoingMigration:
             self._run_state("paused")
         else:
             await self._take_guest_back()
+            await self._journal.end()
         # migrate_cancel may have come while the guest was taken back.
         self._end(M.CANCELLED if self._cancel_asked else M.FAILED)
 
     async def _cancelled(self) -> None:
         await self._take_guest_back()
+        await self._journal.end()
         self._end(M.CANCELLED)
 
     def _end(self, status: M) -> None:

@@ -34,6 +34,7 @@ _DEVICE_NAME: Final = frozenset("abcdefghijklmnopqrstuvwxyz0123456789.-")
 USERFAULTFD: Final = "userfaultfd"
 PAGEMAP: Final = "pagemap"
 STATE: Final = "state"
+KEPT: Final = "keep:"
 
 
 class AttachError(Exception):
@@ -193,7 +194,7 @@ def _check_descriptors(attach: Attach) -> None:
         if name not in names:
             raise AttachError(f"the descriptor {name!r} is missing")
     for name in names:
-        if name not in (*wanted, PAGEMAP) and not name.startswith("keep:"):
+        if name not in (*wanted, PAGEMAP) and not name.startswith(KEPT):
             raise AttachError(f"the descriptor {name!r} is not known")
 
 

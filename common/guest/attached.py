@@ -16,6 +16,7 @@ import trio
 from common.errors import GuestError, HostError
 from common.guest import attach
 from common.guest.base import Device, GuestState, RamBlock, file_page_size
+from common.guest.keeping import memory_file
 from common.native.ram import negotiate
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ log = logging.getLogger(__name__)
 ANSWER_SECONDS: Final = 30.0
 LOAD_SECONDS: Final = 300.0
 FAREWELL_SECONDS: Final = 1.0
-ABILITIES: Final = "keep:abilities"
+# What a destination has kept for the one after it.
+INCOMING: Final = "incoming"
+ABILITIES: Final = f"{attach.KEPT}abilities"
 
 
 class AttachedGuest:
@@ -55,6 +58,8 @@ class AttachedGuest:
         self._answered = trio.Event()  # set while nobody waits for an answer
         self._answered.set()
         self._given_up: set[int] = set()  # requests whose answer nobody wants
+        self.has_outlived = False
+        """Whether a daemon before us started its process."""
         self.gone = trio.Event()
         self.why = "the guest's process is gone"
         self.machine = hello.machine
@@ -100,6 +105,18 @@ class AttachedGuest:
             await self.keep("abilities", note)
         finally:
             os.close(note)
+
+    @property
+    def kept(self) -> Mapping[str, int]:
+        return {
+            name.removeprefix(attach.KEPT): fd
+            for name, fd in self._descriptors.items()
+            if name.startswith(attach.KEPT)
+        }
+
+    @property
+    def is_gone(self) -> bool:
+        return self.gone.is_set()
 
     async def wait_gone(self) -> NoReturn:
         await self.gone.wait()
@@ -157,9 +174,16 @@ class AttachedGuest:
             os.close(fd)
         self.state = GuestState.PAUSED
 
+    def make_kept(self, name: str, length: int) -> int:
+        return memory_file(name, length)
+
     async def keep(self, name: str, fd: int) -> None:
         """Have the guest's process hold a descriptor over our death."""
         await self._request("keep", {"name": name}, send=(("kept", fd),))
+
+    async def forget(self, name: str) -> None:
+        with suppress(GuestError):
+            await self._request("forget", {"name": name})
 
     async def quit(self) -> None:
         """End the guest's process; fine if it is gone."""
@@ -394,8 +418,12 @@ def _abilities(descriptors: Mapping[str, int]) -> int:
 
 
 def check_state(hello: attach.Attach, *, incoming: bool) -> None:
-    """A guest that waits belongs to a destination, any other to a source."""
-    if incoming and hello.state is not GuestState.INCOMING:
+    """A guest that waits belongs to a destination, any other to a source.
+
+    One whose process keeps what a destination has left comes back to one.
+    """
+    comes_back = f"{attach.KEPT}{INCOMING}" in hello.descriptors
+    if incoming and hello.state is not GuestState.INCOMING and not comes_back:
         raise attach.AttachError(
             "this guest runs already; start the VMM waiting for an incoming migration"
         )

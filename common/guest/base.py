@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 
 class GuestState(StrEnum):
@@ -76,6 +76,14 @@ class Guest(Protocol):
     no_userfaultfd: str | None
     """Why an attached guest came without a userfaultfd, and the fix."""
 
+    @property
+    def kept(self) -> Mapping[str, int]:
+        """Files that a daemon before this one had kept, by name."""
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the guest's process is gone."""
+
     async def wait_gone(self) -> NoReturn:
         """Raise GuestError once the guest's process is gone; without one wait."""
 
@@ -86,6 +94,15 @@ class Guest(Protocol):
     async def save(self) -> bytes: ...
 
     async def load(self, device: Device, state: bytes) -> None: ...
+
+    def make_kept(self, name: str, length: int) -> int:
+        """A file of zeroes that can be kept; HostError. The caller closes it."""
+
+    async def keep(self, name: str, fd: int) -> None:
+        """Hold the file over the daemon's death, in the place of one so named."""
+
+    async def forget(self, name: str) -> None:
+        """Hold it no more; fine if it is not held."""
 
     async def quit(self) -> None: ...
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -16,9 +18,12 @@ from common.errors import GuestError
 from common.guest.attached import accept, listening
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from common.guest.attached import AttachedGuest
 
 START_SECONDS: Final = 120.0  # huge pages are cleared before the program attaches
+RETURN_SECONDS: Final = 10.0
 MAX_WORDS: Final = 4096
 
 
@@ -69,14 +74,24 @@ async def start(vm: MicroVm, socket: str, nursery: trio.Nursery) -> AttachedGues
     """Start the program and wait until it has attached.
 
     It gets a session of its own: it is to outlive the daemon, not to share its
-    signals. GuestError with the program's own words if it ends instead. Its end
-    is noticed in `nursery`.
+    signals. One that has outlived a daemon before us comes back instead.
+    GuestError with the program's own words if it ends. Its end is noticed in
+    `nursery`.
     """
-    with listening(socket) as listener, tempfile.TemporaryFile() as said:
-        process = await trio.to_thread.run_sync(_spawn, vm.arguments(socket), said)
+    incoming = vm.kernel is None
+    with (
+        listening(socket) as listener,
+        _lock(f"{socket}.lock") as lock,
+        tempfile.TemporaryFile() as said,
+    ):
+        if not _is_free(lock):
+            return await _come_back(listener, incoming=incoming)
+        process = await trio.to_thread.run_sync(
+            _spawn, vm.arguments(socket), said, lock
+        )
         ended = trio.Event()
         nursery.start_soon(_reap, process, ended)
-        guest = await _attached_or_ended(listener, ended, incoming=vm.kernel is None)
+        guest = await _attached_or_ended(listener, ended, incoming=incoming)
         if guest is None:
             process.kill()
             said.seek(0)
@@ -87,9 +102,46 @@ async def start(vm: MicroVm, socket: str, nursery: trio.Nursery) -> AttachedGues
     return guest
 
 
-def _spawn(words: list[str], said: IO[bytes]) -> subprocess.Popen[bytes]:
+@contextmanager
+def _lock(path: str) -> Iterator[int]:
+    """A file that a guest's process holds locked for as long as it lives."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _is_free(lock: int) -> bool:
+    """Take the lock for a new process; False: an earlier one holds it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+async def _come_back(
+    listener: trio.socket.SocketType, *, incoming: bool
+) -> AttachedGuest:
+    """The guest of a daemon before us; it looks for us many times a second."""
+    with trio.move_on_after(RETURN_SECONDS):
+        guest = await accept(listener, incoming=incoming)
+        guest.has_outlived = True
+        return guest
+    raise GuestError(
+        f"a built-in guest of a daemon before this one does not attach again in"
+        f" {RETURN_SECONDS:.0f} s; end its process (microvm) to start anew"
+    )
+
+
+def _spawn(words: list[str], said: IO[bytes], lock: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        words, stdin=subprocess.DEVNULL, stderr=said, start_new_session=True
+        words,
+        stdin=subprocess.DEVNULL,
+        stderr=said,
+        start_new_session=True,
+        pass_fds=(lock,),
     )
 
 

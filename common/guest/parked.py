@@ -9,15 +9,17 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, NoReturn
 
 import trio
 
-from common.errors import HostError
+from common.errors import GuestError, HostError
 from common.guest.base import Device, GuestState, RamBlock, file_page_size
+from common.guest.keeping import memory_file
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 _SUFFIXES: Final = {"": 0, "B": 0, "K": 10, "M": 20, "G": 30, "T": 40}
 
@@ -60,6 +62,8 @@ class ParkedGuest:
     no_userfaultfd: str | None = None
     vcpus: Sequence[int] = ()
     abilities = 0
+    kept: Mapping[str, int] = MappingProxyType({})
+    is_gone = False
 
     def __init__(
         self, machine: str, files: Sequence[RamFile], state: GuestState
@@ -83,6 +87,15 @@ class ParkedGuest:
 
     async def load(self, device: Device, state: bytes) -> None:
         self.state = GuestState.PAUSED
+
+    def make_kept(self, name: str, length: int) -> int:
+        return memory_file(name, length)
+
+    async def keep(self, name: str, fd: int) -> None:
+        raise GuestError("there is none", request="keep")
+
+    async def forget(self, name: str) -> None:
+        pass
 
     async def quit(self) -> None:
         self.close()

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FIRST_DESCRIPTOR: Final = 3
+STORED: Final = "keep-"
+"""What the names of descriptors begin with that a daemon has had kept."""
 UNNAMED: Final = "unknown"  # what sd_listen_fds_with_names(3) says
 SEND_SECONDS: Final = 1.0
 _PASSED: Final = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES")
@@ -139,6 +141,15 @@ def passed(environ: Mapping[str, str] = os.environ) -> tuple[Passed, ...]:
 def sockets(name: str, environ: Mapping[str, str] = os.environ) -> tuple[int, ...]:
     """Descriptors of the listening sockets with this `FileDescriptorName=`."""
     return tuple(one.fd for one in passed(environ) if one.name == name)
+
+
+def stored(environ: Mapping[str, str] = os.environ) -> dict[str, int]:
+    """What was kept for us under names that begin with STORED, by the rest."""
+    return {
+        one.name.removeprefix(STORED): one.fd
+        for one in passed(environ)
+        if one.name.startswith(STORED)
+    }
 
 
 def own_descriptors(environ: MutableMapping[str, str] = os.environ) -> None:

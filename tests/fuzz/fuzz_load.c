@@ -48,7 +48,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
     need(RESULT_IS_OK(ram_open(&ram, 2)));
     add_block("ram", 16 * PAGE, PAGE);
     add_block("big", 4 * BIG, BIG);
-    need(RESULT_IS_OK(ram_prepare_destination(&ram)));
+    need(RESULT_IS_OK(ram_prepare_destination(&ram, -1)));
     need(RESULT_IS_OK(
         destination_open(&destination, &ram, PLACE_FILE, -1, NULL, 0)));
     input_fd = memfd_create("input", MFD_CLOEXEC);

@@ -3,7 +3,9 @@
 #include "check.h"
 #include "support.h"
 
+#include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 static void test_sizes(void)
 {
@@ -95,25 +97,52 @@ static void test_every_range(void)
     bitmap_close(&b);
 }
 
-/* Somebody else who maps the file sees the received bitmap of the wire. */
+static int make_file(uint64_t length)
+{
+    int fd = memfd_create("bitmap", MFD_CLOEXEC);
+
+    NEED(fd >= 0 && ftruncate(fd, (off_t)length) == 0);
+    return fd;
+}
+
+/* Whoever reads the file finds the received bitmap of the wire. */
 static void test_file_and_order(void)
 {
+    static const uint8_t wanted[] = { 1, 2, 0, 0, 0, 0, 0, 0xc0, 0x3f, 0 };
+    int fd = make_file(2 * bitmap_length(70));
     struct bitmap b;
-    const uint8_t *bytes;
+    uint8_t bytes[sizeof(wanted)];
 
-    CHECK(RESULT_IS_OK(bitmap_open(&b, 70)));
-    bytes = mmap(NULL, 16, PROT_READ, MAP_SHARED, b.fd, 0);
-    CHECK(bytes != MAP_FAILED);
+    CHECK(RESULT_IS_OK(bitmap_open_file(&b, 70, fd, bitmap_length(70))));
     bitmap_test_and_set(&b, 0);
     bitmap_test_and_set(&b, 9);
     bitmap_set_range(&b, 62, 8);
-    CHECK_EQ(bytes[0], 1);
-    CHECK_EQ(bytes[1], 2);
-    CHECK_EQ(bytes[7], 0xc0);
-    CHECK_EQ(bytes[8], 0x3f);
-    CHECK_EQ(bytes[9], 0);
-    munmap((void *)(uintptr_t)bytes, 16);
+    CHECK_EQ(pread(fd, bytes, sizeof(bytes), (off_t)bitmap_length(70)),
+             (ssize_t)sizeof(bytes));
+    CHECK(memcmp(bytes, wanted, sizeof(bytes)) == 0);
     bitmap_close(&b);
+    close(fd);
+}
+
+/* The bits are there for the next one, and none that there cannot be. */
+static void test_left_behind(void)
+{
+    static const uint8_t all[16] = { [0 ... 15] = 0xff };
+    int fd = make_file(bitmap_length(70));
+    struct bitmap b;
+
+    CHECK(RESULT_IS_OK(bitmap_open_file(&b, 70, fd, 0)));
+    bitmap_set_range(&b, 3, 60);
+    bitmap_close(&b);
+    CHECK(RESULT_IS_OK(bitmap_open_file(&b, 70, fd, 0)));
+    CHECK_EQ(bitmap_count(&b), 60);
+    CHECK_EQ(bitmap_next_set(&b, 0), 3);
+    bitmap_close(&b);
+    CHECK_EQ(pwrite(fd, all, sizeof(all), 0), (ssize_t)sizeof(all));
+    CHECK(RESULT_IS_OK(bitmap_open_file(&b, 70, fd, 0)));
+    CHECK_EQ(bitmap_count(&b), 70);
+    bitmap_close(&b);
+    close(fd);
 }
 
 #define THREADS 4
@@ -210,6 +239,7 @@ int main(void)
     RUN(test_one_bit);
     RUN(test_every_range);
     RUN(test_file_and_order);
+    RUN(test_left_behind);
     RUN(test_one_winner);
     RUN(test_ranges_side_by_side);
     return check_status();

@@ -43,7 +43,7 @@ static void fixture_open(struct fixture *f, const struct block_spec *blocks,
                          uint32_t count, int way)
 {
     guest_open(&f->guest, blocks, count);
-    NEED(RESULT_IS_OK(ram_prepare_destination(&f->guest.ram)));
+    NEED(RESULT_IS_OK(ram_prepare_destination(&f->guest.ram, -1)));
     f->uffd = open_ready_uffd();
     f->stop_fd = make_event();
     line_open(&f->line);

@@ -40,7 +40,7 @@ static void fixture_open(struct fixture *f, const struct block_spec *specs,
                          uint32_t count, int way)
 {
     guest_open(&f->guest, specs, count);
-    NEED(RESULT_IS_OK(ram_prepare_destination(&f->guest.ram)));
+    NEED(RESULT_IS_OK(ram_prepare_destination(&f->guest.ram, -1)));
     f->uffd = way == PLACE_FILE ? -1 : open_ready_uffd();
     NEED(RESULT_IS_OK(
         destination_open(&f->d, &f->guest.ram, way, f->uffd, NULL, 0)));

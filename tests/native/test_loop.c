@@ -183,7 +183,8 @@ static void world_open(struct world *w, const struct layout *layout, int way,
     }
     w->fault_stop = make_event();
     NEED(RESULT_IS_OK(ram_prepare_source(&w->guests[SOURCE].ram)));
-    NEED(RESULT_IS_OK(ram_prepare_destination(&w->guests[DESTINATION].ram)));
+    NEED(
+        RESULT_IS_OK(ram_prepare_destination(&w->guests[DESTINATION].ram, -1)));
     NEED(
         RESULT_IS_OK(source_open(&w->source, &w->guests[SOURCE].ram, SECTION)));
     w->dirty = (struct dirty){ .ram = &w->guests[SOURCE].ram,

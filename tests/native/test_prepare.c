@@ -23,7 +23,7 @@ struct fixture {
 static void fixture_open(struct fixture *f, int32_t way)
 {
     guest_open(&f->guest, specs, 1);
-    NEED(RESULT_IS_OK(ram_prepare_destination(&f->guest.ram)));
+    NEED(RESULT_IS_OK(ram_prepare_destination(&f->guest.ram, -1)));
     f->uffd = way == PLACE_FILE ? -1 : open_ready_uffd();
     NEED(RESULT_IS_OK(
         destination_open(&f->d, &f->guest.ram, way, f->uffd, NULL, 0)));

@@ -107,7 +107,7 @@ static void test_prepare(void)
     guest_close(&g);
 
     guest_open(&g, specs, 2);
-    CHECK(RESULT_IS_OK(ram_prepare_destination(&g.ram)));
+    CHECK(RESULT_IS_OK(ram_prepare_destination(&g.ram, -1)));
     CHECK_EQ((uintptr_t)g.ram.blocks[0].map % CHUNK_SIZE, 0);
     CHECK_EQ(g.ram.blocks[0].prepared.bits, 4);
     g.ram.blocks[1].map[5] = 7;

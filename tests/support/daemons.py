@@ -10,6 +10,7 @@ serial lines by watching the file.
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -61,7 +62,14 @@ class Daemon:
         self._words = words
 
     def __enter__(self) -> Any:
-        with self.log.open("wb") as log:
+        self.log.unlink(missing_ok=True)
+        self.start()
+        return self
+
+    def start(self) -> None:
+        """Start the process, the first time or after its end."""
+        self.statuses.clear()
+        with self.log.open("ab") as log:
             self.process = subprocess.Popen(self._words, stderr=log)
         try:
             self.qmp = self._connect()
@@ -69,7 +77,12 @@ class Daemon:
             self.process.kill()
             self.process.wait()
             raise
-        return self
+
+    def end(self, number: int = signal.SIGKILL) -> None:
+        """End the process with a signal; its guest outlives it."""
+        self.process.send_signal(number)
+        self.process.wait(30)
+        self.qmp.close()
 
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:

@@ -1,8 +1,8 @@
 #include "bitmap.h"
 
 #include <errno.h>
+#include <stddef.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 #define WORD_BITS 64u
 
@@ -11,47 +11,50 @@ static uint64_t word_count(uint64_t bits)
     return (bits + WORD_BITS - 1) / WORD_BITS;
 }
 
-static size_t byte_count(uint64_t bits)
+uint64_t bitmap_length(uint64_t bits)
 {
     uint64_t words = word_count(bits);
+    uint64_t bytes = (words ? words : 1) * sizeof(uint64_t);
 
-    return (size_t)(words ? words : 1) * sizeof(uint64_t);
+    return (bytes + BITMAP_ALIGN - 1) / BITMAP_ALIGN * BITMAP_ALIGN;
+}
+
+static struct result map_words(struct bitmap *b, uint64_t bits, int flags,
+                               int fd, uint64_t offset)
+{
+    void *words = mmap(NULL, (size_t)bitmap_length(bits),
+                       PROT_READ | PROT_WRITE, flags, fd, (off_t)offset);
+
+    if (words == MAP_FAILED) {
+        return result_errno(RESULT_HOST, "mmap of a bitmap", errno);
+    }
+    *b = (struct bitmap){ .words = words, .bits = bits };
+    return result_ok();
 }
 
 struct result bitmap_open(struct bitmap *b, uint64_t bits)
 {
-    size_t size = byte_count(bits);
-    void *words;
-    int fd;
+    return map_words(b, bits, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+}
 
-    fd = memfd_create("bitmap", MFD_CLOEXEC);
-    if (fd < 0) {
-        return result_errno(RESULT_HOST, "memfd_create for a bitmap", errno);
-    }
-    if (ftruncate(fd, (off_t)size) < 0) {
-        struct result r = result_errno(RESULT_HOST, "ftruncate", errno);
+struct result bitmap_open_file(struct bitmap *b, uint64_t bits, int fd,
+                               uint64_t offset)
+{
+    struct result r = map_words(b, bits, MAP_SHARED, fd, offset);
 
-        close(fd);
-        return r;
+    /* Who kept the file may have changed it; we count on these being clear. */
+    if (RESULT_IS_OK(r) && bits % WORD_BITS) {
+        b->words[bits / WORD_BITS] &= ~(UINT64_MAX << (bits % WORD_BITS));
     }
-    words = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    if (words == MAP_FAILED) {
-        struct result r = result_errno(RESULT_HOST, "mmap of a bitmap", errno);
-
-        close(fd);
-        return r;
-    }
-    *b = (struct bitmap){ .words = words, .bits = bits, .fd = fd };
-    return result_ok();
+    return r;
 }
 
 void bitmap_close(struct bitmap *b)
 {
     if (b->words) {
-        munmap(b->words, byte_count(b->bits));
-        close(b->fd);
+        munmap(b->words, (size_t)bitmap_length(b->bits));
     }
-    *b = (struct bitmap){ .fd = -1 };
+    *b = (struct bitmap){ 0 };
 }
 
 static uint64_t load_word(const struct bitmap *b, uint64_t word)

@@ -8,22 +8,33 @@
  * Bit i is bit i % 64 of word i / 64, which on a little-endian machine is also
  * the order of the received bitmap on the wire. Bits past `bits` stay 0.
  *
- * The words live in a memfd, so that a bitmap can be handed to the guest's
- * process, which keeps it while the daemon is restarted.
+ * The words live in memory of their own, or in a file that outlives this
+ * process: then whoever comes after us finds every bit that was set.
  */
 #ifndef POSTCOPY_BITMAP_H
 #define POSTCOPY_BITMAP_H
 
 #include "error.h"
 
+/* Whole pages, so that the bitmaps of one file can be mapped one by one. */
+#define BITMAP_ALIGN UINT64_C(4096)
+
 struct bitmap {
     uint64_t *words;
     uint64_t bits;
-    int fd;
 };
 
+/* All bits clear. */
 struct result bitmap_open(struct bitmap *b, uint64_t bits);
+/*
+ * The bits that a file holds from `offset` on, a multiple of BITMAP_ALIGN; the
+ * file must be long enough for bitmap_length() bytes.
+ */
+struct result bitmap_open_file(struct bitmap *b, uint64_t bits, int fd,
+                               uint64_t offset);
 void bitmap_close(struct bitmap *b);
+/* Bytes in a file, a multiple of BITMAP_ALIGN. */
+uint64_t bitmap_length(uint64_t bits);
 
 bool bitmap_test(const struct bitmap *b, uint64_t bit);
 bool bitmap_test_and_set(struct bitmap *b, uint64_t bit);

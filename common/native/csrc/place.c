@@ -86,14 +86,14 @@ struct result place_early(struct destination *d, struct ram_block *b,
 {
     uint64_t host = page >> block_pages_bits(b);
     uint64_t last = (page + count - 1) >> block_pages_bits(b);
-    struct result r = fill_pages(b, page, iov, count);
+    struct result r;
 
     (void)d;
-    if (!RESULT_IS_OK(r)) {
-        return r;
-    }
     bitmap_set_range(&b->populated, host, last - host + 1);
-    bitmap_set_range(&b->received, page, count);
+    r = fill_pages(b, page, iov, count);
+    if (RESULT_IS_OK(r)) {
+        bitmap_set_range(&b->received, page, count);
+    }
     return r;
 }
 
@@ -210,13 +210,14 @@ static struct result write_pages(struct destination *d, struct ram_block *b,
                                  uint64_t host, struct iovec *iov,
                                  uint32_t count, struct arrival *at)
 {
-    struct result r = fill_pages(b, host, iov, count);
+    struct result r;
 
+    bitmap_set_range(&b->populated, host, count);
+    r = fill_pages(b, host, iov, count);
     if (!RESULT_IS_OK(r)) {
         return r;
     }
     arrival_filled(at);
-    bitmap_set_range(&b->populated, host, count);
     mark_received(b, host, count);
     return d->way == PLACE_CONTINUE ? map_range(d, b, host, count) : r;
 }

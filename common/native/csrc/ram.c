@@ -93,9 +93,6 @@ struct result ram_add(struct ram *ram, const char *idstr, uint64_t length,
     b->host_bits = (unsigned)__builtin_ctzll(page_size);
     b->base = base;
     b->fd = fd;
-    b->dirty.fd = b->owed.fd = b->solid.fd = b->received.fd = -1;
-    b->requested.fd = b->claimed.fd = b->populated.fd = b->mapped.fd = -1;
-    b->expected.fd = b->prepared.fd = -1;
     ram->total += length;
     return result_ok();
 }
@@ -153,32 +150,70 @@ struct result ram_prepare_source(struct ram *ram)
     return result_ok();
 }
 
-struct result ram_prepare_destination(struct ram *ram)
+uint64_t ram_kept_length(const struct ram *ram)
 {
+    uint64_t length = 0;
+
+    for (uint32_t i = 0; i < ram->count; i++) {
+        length += bitmap_length(block_pages(&ram->blocks[i])) +
+                  bitmap_length(block_hosts(&ram->blocks[i]));
+    }
+    return length;
+}
+
+static struct result open_kept(struct ram_block *b, int kept_fd,
+                               uint64_t *offset)
+{
+    struct result r =
+        bitmap_open_file(&b->received, block_pages(b), kept_fd, *offset);
+
+    *offset += bitmap_length(block_pages(b));
+    if (RESULT_IS_OK(r)) {
+        r = bitmap_open_file(&b->populated, block_hosts(b), kept_fd, *offset);
+    }
+    *offset += bitmap_length(block_hosts(b));
+    return r;
+}
+
+static struct result open_own(struct ram_block *b)
+{
+    struct result r = bitmap_open(&b->received, block_pages(b));
+
+    return RESULT_IS_OK(r) ? bitmap_open(&b->populated, block_hosts(b)) : r;
+}
+
+static struct result prepare_destination(struct ram_block *b)
+{
+    struct result r = map_block(b, PROT_READ | PROT_WRITE);
+
+    if (RESULT_IS_OK(r)) {
+        r = bitmap_open(&b->requested, block_hosts(b));
+    }
+    if (RESULT_IS_OK(r)) {
+        r = bitmap_open(&b->claimed, block_hosts(b));
+    }
+    if (RESULT_IS_OK(r)) {
+        r = bitmap_open(&b->mapped, block_hosts(b));
+    }
+    if (RESULT_IS_OK(r)) {
+        r = bitmap_open(&b->expected, block_chunks(b));
+    }
+    if (RESULT_IS_OK(r)) {
+        r = bitmap_open(&b->prepared, block_chunks(b));
+    }
+    return r;
+}
+
+struct result ram_prepare_destination(struct ram *ram, int kept_fd)
+{
+    uint64_t offset = 0;
+
     for (uint32_t i = 0; i < ram->count; i++) {
         struct ram_block *b = &ram->blocks[i];
-        struct result r = map_block(b, PROT_READ | PROT_WRITE);
+        struct result r = prepare_destination(b);
 
         if (RESULT_IS_OK(r)) {
-            r = bitmap_open(&b->received, block_pages(b));
-        }
-        if (RESULT_IS_OK(r)) {
-            r = bitmap_open(&b->requested, block_hosts(b));
-        }
-        if (RESULT_IS_OK(r)) {
-            r = bitmap_open(&b->claimed, block_hosts(b));
-        }
-        if (RESULT_IS_OK(r)) {
-            r = bitmap_open(&b->populated, block_hosts(b));
-        }
-        if (RESULT_IS_OK(r)) {
-            r = bitmap_open(&b->mapped, block_hosts(b));
-        }
-        if (RESULT_IS_OK(r)) {
-            r = bitmap_open(&b->expected, block_chunks(b));
-        }
-        if (RESULT_IS_OK(r)) {
-            r = bitmap_open(&b->prepared, block_chunks(b));
+            r = kept_fd < 0 ? open_own(b) : open_kept(b, kept_fd, &offset);
         }
         if (!RESULT_IS_OK(r)) {
             return r;

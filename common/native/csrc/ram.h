@@ -75,7 +75,12 @@ struct result ram_add(struct ram *ram, const char *idstr, uint64_t length,
 
 /* The bitmaps and the mapping that each side needs. */
 struct result ram_prepare_source(struct ram *ram);
-struct result ram_prepare_destination(struct ram *ram);
+/*
+ * `kept_fd` is a file of ram_kept_length() bytes for what whoever comes after
+ * us has to know, `received` and `populated` of every block; -1: nobody will.
+ */
+struct result ram_prepare_destination(struct ram *ram, int kept_fd);
+uint64_t ram_kept_length(const struct ram *ram);
 
 /* NULL if there is no such block. `name` needs no terminator. */
 struct ram_block *ram_find(struct ram *ram, const void *name, size_t length);

@@ -166,7 +166,7 @@ class Destination:
         self.blocks = [Block(idstr) for idstr in IDSTRS]
         self.ram = Ram(self.blocks)
         self.native = ffi.new("struct destination *")
-        check(lib.ram_prepare_destination(self.ram.native))
+        check(lib.ram_prepare_destination(self.ram.native, -1))
         none: Any = ffi.NULL
         ram, way = self.ram.native, lib.PLACE_FILE
         check(lib.destination_open(self.native, ram, way, -1, none, 0))

@@ -1,0 +1,90 @@
+"""Files that outlive this process, for the daemon after it.
+
+The guest's process keeps them (`keep` of the attach protocol). What it cannot
+keep, or if there is no such process, the service manager does, if there is one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+from typing import TYPE_CHECKING, Final
+
+from common.errors import GuestError, HostError
+from common.host.systemd import STORED, Notifier
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from common.guest.base import Guest
+    from common.qmp.message import Json
+
+log = logging.getLogger(__name__)
+
+_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+
+
+class Keeping:
+    """What is kept of one guest; `stored` came from the service manager."""
+
+    def __init__(self, guest: Guest, stored: Mapping[str, int] | None = None) -> None:
+        self._guest = guest
+        self._stored = dict(stored or {})
+        self._notifier = Notifier()
+
+    def find(self, name: str) -> int | None:
+        """What a process before this one had kept; not the caller's to close."""
+        found = self._guest.kept.get(name)
+        return self._stored.get(name) if found is None else found
+
+    def make(self, name: str, length: int) -> int:
+        """A file of zeroes that can be kept; the caller closes it."""
+        return self._guest.make_kept(name, length)
+
+    async def keep(self, name: str, fd: int) -> None:
+        """Have it kept from now on, in the place of one with the same name.
+
+        GuestError only if the guest's process is gone.
+        """
+        try:
+            await self._guest.keep(name, fd)
+        except GuestError as error:
+            if self._guest.is_gone:
+                raise
+            log.warning("the guest's process keeps nothing: %s", error)
+            self._notifier.discard(STORED + name)
+            self._notifier.store(STORED + name, [fd])
+
+    async def forget(self, name: str) -> None:
+        """Nobody needs it any more."""
+        self._notifier.discard(STORED + name)
+        await self._guest.forget(name)
+
+
+def memory_file(name: str, length: int) -> int:
+    """A memfd of fixed length: nobody can cut it off under a mapping of ours."""
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        fd = os.memfd_create(name, flags)
+        os.ftruncate(fd, length)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+    except OSError as error:
+        raise HostError(f"no memory to keep {name} in: {error.strerror}") from None
+    return fd
+
+
+def check_kept(fd: int, length: int) -> None:
+    """HostError if a mapping of the file might lose its memory (SIGBUS)."""
+    status = os.fstat(fd)
+    if status.st_size < length:
+        raise HostError(f"a kept file has {status.st_size} bytes, expected {length}")
+
+
+def identity(guest: Guest) -> Json:
+    """By which a guest is known again: its blocks, and the files behind them."""
+    return [
+        [block.idstr, block.length, block.base, status.st_dev, status.st_ino]
+        for block in guest.blocks
+        for status in (os.fstat(block.fd),)
+    ]
