@@ -1,0 +1,206 @@
+"""A guest between the two hosts, moved by the units as an operator would.
+
+    with moving(bed, "web1") as move:
+        move.to_postcopy()
+        bed.link.drop()
+        move.wait_paused()
+
+`move.src` and `move.dst` speak QMP to the daemons, whose control sockets are
+systemd's: the first client starts a daemon.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING, Any
+
+from common.qmp.client import QmpClient
+from hosts.link import ADDRESSES
+from support.daemons import (
+    PREEMPT,
+    Daemon,
+    Destination,
+    Source,
+    assert_unharmed,
+    prepare,
+)
+from support.report import REPORT_ADDRESS, REPORT_SIZE, Report
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from hosts.bed import Bed, Host
+
+ETC = "/etc/postcopyd"
+RUN = "/run/postcopyd"
+KERNEL = "/usr/share/postcopyd/test-guest.elf"
+MEMORY = "--memory 64M"
+GUEST = f'{MEMORY} --kernel {KERNEL} --append "write-rate=8M"'
+PORT = 4444
+LISTEN = f"tcp:0.0.0.0:{PORT}"
+THERE = f"tcp:{ADDRESSES['destination']}:{PORT}"
+PEER_TIMEOUT = 2  # seconds
+PATIENCE = 60.0
+# Bytes per second: long enough in postcopy to be interrupted.
+SLOW = 1 << 20
+
+
+class Unit(Daemon):
+    """A daemon that a host's systemd runs; `name` is its guest's."""
+
+    def __init__(self, host: Host, name: str) -> None:
+        self.host = host
+        self.unit = f"{self.program}@{name}.service"
+        self.socket = f"{self.program}@{name}.socket"
+        self.guest = f"postcopyd-guest@{name}.service"
+        self.directory = host.path(RUN)
+        self._place = f"{RUN}/{self.program}-{name}.qmp"
+        self._report = f"{RUN}/{name}.report"
+        self.statuses: list[str] = []
+
+    def connect(self) -> None:
+        """As a client; the daemon is started if it does not run."""
+        self.qmp = QmpClient(self.host.path(self._place), timeout=PATIENCE)
+
+    def report(self) -> Report:
+        place = {"val": REPORT_ADDRESS, "size": REPORT_SIZE, "filename": self._report}
+        self.qmp.execute("pmemsave", place)
+        return Report.parse(self.host.path(self._report).read_bytes())
+
+    @property
+    def said(self) -> str:
+        return self.host.text(self.unit)
+
+    @property
+    def pid(self) -> int:
+        return int(self.host.show(self.unit, "MainPID"))
+
+    def kill(self) -> None:
+        """Suddenly; it does not run when this returns."""
+        self.host.systemctl("kill", "--signal=KILL", self.unit)
+
+    def wait_query(self, *wanted: str) -> dict[str, Any]:
+        """Until query-migrate has one of these statuses."""
+        deadline = time.monotonic() + PATIENCE
+        while (info := self.query()).get("status") not in wanted:
+            assert time.monotonic() < deadline, (self.unit, info, self.said)
+            time.sleep(0.02)  # a daemon that began anew has no events to send
+        return info
+
+
+class SourceUnit(Unit, Source):
+    pass
+
+
+class DestinationUnit(Unit, Destination):
+    pass
+
+
+class Move:
+    """One guest: both ends, what breaks between them, and what is left to do."""
+
+    def __init__(self, bed: Bed, name: str) -> None:
+        self.bed = bed
+        self.src = SourceUnit(bed.source, name)
+        self.dst = DestinationUnit(bed.destination, name)
+        self.preempt = False
+
+    @property
+    def sides(self) -> tuple[Unit, Unit]:
+        return self.src, self.dst
+
+    def begin(self) -> None:
+        """What docs/operations.md says, at the destination and at the source."""
+        for side in reversed(self.sides):
+            side.host.systemctl("start", side.socket, side.guest)
+            side.connect()
+        self.before = self.src.wait_report(lambda r: r.filled and r.checked > 0)
+
+    # --- to the middle of postcopy --------------------------------------------
+
+    def to_postcopy(self, *capabilities: str) -> None:
+        """Until some pages have come in postcopy, and most have not."""
+        capabilities = capabilities or PREEMPT
+        self.preempt = "postcopy-preempt" in capabilities
+        prepare(self.src, self.dst, *capabilities)
+        self.src.set_parameters(max_bandwidth=SLOW, max_postcopy_bandwidth=SLOW)
+        self.dst.execute("migrate-incoming", uri=LISTEN)
+        self.src.migrate(THERE)
+        self.src.wait_status("active")
+        self.src.execute("migrate-start-postcopy")
+        self.src.wait_status("postcopy-active")
+        self.dst.wait_status("postcopy-active")
+        self.wait_pages(50)
+
+    def wait_pages(self, more: int) -> None:
+        """Until so many pages more have come in postcopy."""
+        wanted = self.dst.ours["postcopy-pages"] + more
+        deadline = time.monotonic() + PATIENCE
+        while self.dst.ours["postcopy-pages"] < wanted:
+            assert time.monotonic() < deadline, self.dst.query()
+
+    # --- after it broke ---------------------------------------------------------
+
+    def wait_paused(self) -> None:
+        """Both know it, and the guest runs on with the pages that it has."""
+        for side in self.sides:
+            side.wait_query("postcopy-paused")
+        assert self.dst.execute("query-status")["running"]
+        assert self.src.query()["ram"]["remaining"] > 0
+
+    def reconnect(self) -> None:
+        """To daemons that have begun anew."""
+        for side in self.sides:
+            side.qmp.close()
+            side.connect()
+            side.statuses.clear()
+
+    def recover(self) -> None:
+        """By hand: the destination listens, the source comes back."""
+        self.dst.execute("migrate-recover", uri=LISTEN)
+        self.src.execute("migrate", uri=THERE, resume=True)
+
+    def complete(self) -> Report:
+        """To the end at full speed, and the guest's own account of it."""
+        self.src.set_parameters(max_postcopy_bandwidth=0)
+        return self.wait_completed()
+
+    def wait_completed(self) -> Report:
+        for side in self.sides:
+            info = side.wait_query("completed", "failed")
+            assert info["status"] == "completed", (info, side.said)
+        return assert_unharmed(self.dst, self.before)
+
+
+def files(host: Host, name: str, guest: str, *lines: str) -> None:
+    """The configuration of a guest's daemon, and its VMM's options."""
+    head = (
+        f'name = "{name}"',
+        f'guest = "{RUN}/{name}.guest"',
+        f"peer-timeout = {PEER_TIMEOUT}",
+    )
+    host.write(f"{ETC}/{name}.toml", "\n".join((*head, *lines, "")))
+    # systemd's own quoting, systemd.exec(5).
+    host.write(f"{ETC}/{name}.guest", f"OPTIONS='{guest}'\n")
+
+
+@contextlib.contextmanager
+def moving(bed: Bed, name: str, *lines: str) -> Iterator[Move]:
+    """A guest of this name at the source, an empty one at the destination.
+
+    `lines` are more of the configuration at both ends.
+    """
+    files(bed.source, name, GUEST, *lines)
+    files(bed.destination, name, f"{MEMORY} --incoming", *lines)
+    move = Move(bed, name)
+    try:
+        move.begin()
+        yield move
+    finally:
+        print(move.src.said, move.dst.said, sep="\n")
+        for side in move.sides:
+            if hasattr(side, "qmp"):
+                side.qmp.close()
+            side.host.systemctl("stop", side.socket, side.unit, side.guest)
+        bed.link.mend()
