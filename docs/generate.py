@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 ROOT: Final = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from common import status  # noqa: E402 - the checkout's, not what is installed
+from common import recovery, status  # noqa: E402 - the checkout's, not installed
 from common.qmp import message, schema  # noqa: E402
 from common.qmp.schema import (  # noqa: E402
     BUILTIN,
@@ -75,6 +75,19 @@ once add up. The table `parameters` has migration parameters to begin with, with
 names and values of
 [migrate-set-parameters](qmp-reference.md#migrationparameters). One of `memory`, `ram`
 and `guest` says which guest it is.
+"""
+RECOVERY_HEAD: Final = """## [recovery]
+
+Whether a postcopy that paused goes on without being asked, and how often that is
+tried; see [recovery.md](recovery.md#automatic-recovery). These are migration
+parameters of ours, with `x-postcopyd-recovery-` in front, so they can be changed and
+read like all others while the daemon runs. A table in the file of both daemons:
+
+```toml
+[recovery]
+auto = true
+greatest-delay = 60
+```
 """
 CONFIGURATION_PARTS: Final = {
     "Config": "Both daemons",
@@ -176,6 +189,9 @@ class Reference:
                 if kind == "Config" or member.name not in seen
             ]
             parts += _table(("Name", "Type", "Default", ""), iter(rows))
+        parts.append(RECOVERY_HEAD)
+        rows = [self._option(member) for member in recovery.table(self._all).members]
+        parts += _table(("Name", "Type", "Default", ""), iter(rows))
         return "\n".join(parts)
 
     def _option(self, member: Member) -> Sequence[str]:

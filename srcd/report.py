@@ -25,8 +25,13 @@ _SHOWN: Final = _PRECOPY | {
 }
 
 
-def migration_info(migration: OutgoingMigration, now: float) -> Mapping[str, Json]:
-    """The reply; `now` is the monotonic clock, in seconds."""
+def migration_info(
+    migration: OutgoingMigration, now: float, recovery: Mapping[str, Json]
+) -> Mapping[str, Json]:
+    """The reply; `now` is the monotonic clock, in seconds.
+
+    `recovery` is what automatic recovery says of itself.
+    """
     status = migration.status.now
     info: dict[str, Json] = {"status": status}
     if migration.error:
@@ -34,7 +39,7 @@ def migration_info(migration: OutgoingMigration, now: float) -> Mapping[str, Jso
     if status in _SHOWN and migration.times.active:
         info |= _times(migration, now)
         info["ram"] = _ram(migration, now)
-        info["x-postcopyd"] = _ours(migration)
+        info["x-postcopyd"] = {**_ours(migration), "recovery": recovery}
     return info
 
 
