@@ -484,6 +484,20 @@ class Listener:
             return replace(self.address, port=port, to=None)
         return self.address if isinstance(self.address, Unix | Vsock) else None
 
+    @property
+    def lost(self) -> bool:
+        """Whether nobody can connect, but could if it was opened again."""
+        if not self._sockets:
+            known = not isinstance(self.address, Tcp) or self.address.port != "0"
+            return known and self.many
+        return self._path is not None and not _is_file(*self._path)
+
+    async def reopen(self) -> None:
+        """Listen where it did; HostError, and it is lost, if that is impossible."""
+        self.address = self.lasting or self.address
+        self.close()
+        await self.open()
+
     def is_at(self, address: Address) -> bool:
         """Whether whoever connects to `address` comes here."""
         if isinstance(address, Tcp):
@@ -537,12 +551,17 @@ class Listener:
             self._only.close()
             self._only = None
         if self._path:
-            path, inode = self._path
-            with suppress(FileNotFoundError):
-                # Somebody else may listen under this name by now.
-                if os.stat(path).st_ino == inode:
-                    os.unlink(path)
+            # Somebody else may listen under this name by now.
+            if _is_file(*self._path):
+                os.unlink(self._path[0])
             self._path = None
+
+
+def _is_file(path: str, inode: int) -> bool:
+    try:
+        return os.stat(path).st_ino == inode
+    except OSError:
+        return False
 
 
 def _describe(sock: trio.socket.SocketType) -> dict[str, Json]:

@@ -52,6 +52,7 @@ from dstd.record import (
     kept_package,
     new_journal,
 )
+from dstd.recovery import notice_loss, open_again
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -189,7 +190,7 @@ class IncomingMigration:
         Where it listened before it listens on if that fails.
         """
         assert self._listener is not None
-        if self._listener.is_at(target):
+        if self._listener.is_at(target) and not self._listener.lost:
             return
         listener = await self._open(target)
         if self.status.now is not M.POSTCOPY_PAUSED:
@@ -629,6 +630,8 @@ class IncomingMigration:
                 raise
             self.error = cause
             await trio.sleep(LISTEN_AGAIN_SECONDS)
+            assert self._listener is not None
+            self.error = await open_again(self._listener, self.settings) or cause
             return
         if main:
             self.error = None
@@ -643,6 +646,7 @@ class IncomingMigration:
         with trio.CancelScope() as self._waiting:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self.guest.wait_gone)
+                nursery.start_soon(notice_loss, self._listener, self.settings)
                 main = await self._listener.accept("main")
                 nursery.cancel_scope.cancel()
         return main
