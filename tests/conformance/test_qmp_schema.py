@@ -65,6 +65,14 @@ def test_commands_besides_qemus_are_listed(qemu: Qemu, daemon: Any) -> None:
     assert besides == listed
 
 
+def test_events_besides_qemus_are_listed(qemu: Qemu, daemon: Any) -> None:
+    ours, theirs = (
+        {name for name, one in entities(side).items() if one["meta-type"] == "event"}
+        for side in (daemon, qemu)
+    )
+    assert ours - theirs == {row.subject for row in meant.rows("Events")}
+
+
 def test_every_type_is_defined_once(daemon: Any) -> None:
     schema = daemon.execute("query-qmp-schema")
     names = [entity["name"] for entity in schema]

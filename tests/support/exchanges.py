@@ -33,6 +33,7 @@ def oob(command: str, arguments: Any = None, /, **members: Any) -> bytes:
 
 NEGOTIATE: Final = request("qmp_capabilities")
 NEGOTIATE_OOB: Final = request("qmp_capabilities", {"enable": ["oob"]})
+OURS: Final = "x-postcopyd-"
 _LAST: Final = "the end of the exchange"
 
 
@@ -107,10 +108,18 @@ def _lasting(line: bytes) -> Any:
         # QEMU's `inf`, or an id of the greatest depth: as text.
         return line.decode()
     reply.pop("timestamp", None)
+    _leave_ours_out(reply.get("return"))
     for version in (reply.get("QMP", {}).get("version"), reply.get("return")):
         if isinstance(version, dict) and "package" in version:
             version["package"] = ""
     return reply
+
+
+def _leave_ours_out(returned: Any) -> None:
+    """Parameters that QEMU has not."""
+    if isinstance(returned, dict):
+        for name in [name for name in returned if name.startswith(OURS)]:
+            del returned[name]
 
 
 def told(reply: Any) -> str:

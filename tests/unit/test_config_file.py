@@ -54,6 +54,9 @@ REFUSED = {
     "parameters = 1": "Invalid parameter type for 'parameters', expected: object",
     "[parameters]\nmax_bandwidth = 1": "Parameter 'parameters.max_bandwidth'",
     "[parameters]\ndowntime-limit = 2000001": "Parameter 'downtime_limit' expects",
+    "[recovery]\nauto = 1": "Invalid parameter type for 'recovery.auto', expected",
+    "[recovery]\ngreatest-delay = 0": "expects a value between 1 and 3600",
+    "recovery = true": "Invalid parameter type for 'recovery', expected: object",
     'memory = "much"': "argument --memory",
 }
 
@@ -62,6 +65,7 @@ MEANT = {
     'memmory = "1G"': "'memmory' is unexpected; did you mean 'memory'?",
     "max-bandwidth = 0": "is unexpected; it belongs into the table [parameters]",
     "[parameters]\nmax-bandwith = 0": "; did you mean 'max-bandwidth'?",
+    "[recovery]\natempts = 1": "is unexpected; did you mean 'attempts'?",
     "xyzzy = 1": "'xyzzy' is unexpected; see srcd serve --help",
 }
 REFUSED |= MEANT
