@@ -236,12 +236,12 @@ def test_silent_death(private_dir: Path, capabilities: tuple[str, ...]) -> None:
     options = ("--peer-timeout", "2")
     with in_postcopy(private_dir, capabilities, *options, network=Cable) as ends:
         cut = time.monotonic()
-        ends.relay.pull_out()
+        ends.relay.drop(0, 1)
         ends.assert_paused()
         # Keepalive looks once a second; the source gives the peer's last words
         # two more.
         assert time.monotonic() - cut < 8
-        ends.relay.plug_in()
+        ends.relay.deliver(0, 1)
         ends.recover()
         ends.complete()
 

@@ -69,9 +69,9 @@ class Ends:
         assert self.dst.execute("query-status")["running"]
         assert self.src.query()["ram"]["remaining"] > 0
 
-    def recover(self, uri: str = "tcp:127.0.0.1:0") -> None:
-        """Begin a recovery through the relay."""
-        self.dst.execute("migrate-recover", uri=uri)
+    def recover(self, uri: str | None = None) -> None:
+        """Begin a recovery through the relay; at a new address if none is given."""
+        self.dst.execute("migrate-recover", uri=uri or self.relay.here)
         (address,) = self.dst.query()["socket-address"]
         target = f"tcp:{address['host']}:{address['port']}"
         self.src.execute("migrate", uri=self.relay.to(target), resume=True)
@@ -98,16 +98,16 @@ def in_postcopy(
     """All of the guest's memory is owed, and some of it has come."""
     with (
         network() as relay,
-        Source(directory, *only_source, *options, wrapper=relay.wrapper) as src,
+        Source(directory, *only_source, *options, wrapper=relay.wrappers[0]) as src,
         Destination(
-            directory, *only_destination, *options, wrapper=relay.wrapper
+            directory, *only_destination, *options, wrapper=relay.wrappers[1]
         ) as dst,
     ):
         before = src.wait_filled()
         prepare(src, dst, *capabilities)
         src.set_parameters(max_bandwidth=SLOW, max_postcopy_bandwidth=SLOW)
         ends = Ends(src, dst, relay, before, capabilities is PREEMPT)
-        src.migrate(relay.to(dst.listen()))
+        src.migrate(relay.to(dst.listen(relay.here)))
         src.wait_status("active")
         src.execute("migrate-start-postcopy")
         ends.wait_both("postcopy-active")

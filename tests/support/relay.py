@@ -76,7 +76,8 @@ class Link:
 class Relay:
     """Listens on a port of its own; leaving the context breaks every link."""
 
-    wrapper: tuple[str, ...] = ()
+    here = "tcp:127.0.0.1:0"
+    wrappers: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
 
     def __init__(self) -> None:
         self.links: list[Link] = []
@@ -165,38 +166,70 @@ class Trap:
 
 
 class Cable:
-    """A network namespace for both ends, where everything can get lost silently.
+    """Two network namespaces, one for each end, and what connects them.
 
-    `wrapper` starts a program in it.
+    Everything can get lost on it silently. `wrappers` start a program at the
+    source's and at the destination's end.
     """
 
+    here = "tcp:10.99.0.2:0"
+    _ADDRESSES = ("10.99.0.1/24", "10.99.0.2/24")
+
     def __enter__(self) -> Self:
-        self._holder = subprocess.Popen(
-            ["unshare", "--net", "sh", "-c", "ip link set lo up && echo && read x"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-        assert self._holder.stdout is not None
-        self._holder.stdout.readline()
+        self._holders = [_new_namespace() for _ in self._ADDRESSES]
+        one, other = (str(holder.pid) for holder in self._holders)
+        peer = ("type", "veth", "peer", "name", "cable", "netns", other)
+        words = ("ip", "link", "add", "name", "cable", "netns", one, *peer)
+        subprocess.run(words, check=True)
+        for end, address in enumerate(self._ADDRESSES):
+            self._run(end, "ip", "address", "add", address, "dev", "cable")
+            self._run(end, "ip", "link", "set", "cable", "up")
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._holder.communicate()
+        for holder in self._holders:
+            holder.communicate()
 
     @property
-    def wrapper(self) -> tuple[str, ...]:
-        return ("nsenter", "--net", "--target", str(self._holder.pid))
+    def wrappers(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        one, other = (
+            ("nsenter", "--net", "--target", str(holder.pid))
+            for holder in self._holders
+        )
+        return one, other
 
     def to(self, uri: str) -> str:
         return uri
 
-    def pull_out(self) -> None:
-        """Packets vanish: no end, no reset, no error."""
+    def down(self, end: int) -> None:
+        """The link of the source's (0) or the destination's (1) end."""
+        self._run(end, "ip", "link", "set", "cable", "down")
+
+    def up(self, end: int) -> None:
+        self._run(end, "ip", "link", "set", "cable", "up")
+
+    def drop(self, *ends: int) -> None:
+        """What these ends send vanishes: no end, no reset, no error."""
         chain = "{ type filter hook output priority 0; policy drop; }"
-        self._nft(f"add table inet cable; add chain inet cable out {chain}")
+        rules = f"add table inet cable; add chain inet cable out {chain}"
+        for end in ends:
+            self._run(end, "nft", rules)
 
-    def plug_in(self) -> None:
-        self._nft("delete table inet cable")
+    def deliver(self, *ends: int) -> None:
+        for end in ends:
+            self._run(end, "nft", "delete table inet cable")
 
-    def _nft(self, rules: str) -> None:
-        subprocess.run([*self.wrapper, "nft", rules], check=True)
+    def _run(self, end: int, *words: str) -> None:
+        subprocess.run([*self.wrappers[end], *words], check=True)
+
+
+def _new_namespace() -> subprocess.Popen[bytes]:
+    """Of a process that ends when it is told to."""
+    holder = subprocess.Popen(
+        ["unshare", "--net", "sh", "-c", "ip link set lo up && echo && read x"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    return holder
