@@ -15,7 +15,6 @@ import contextlib
 import time
 from typing import TYPE_CHECKING, Any
 
-from common.qmp.client import QmpClient
 from hosts.link import ADDRESSES
 from support.daemons import (
     PREEMPT,
@@ -27,6 +26,8 @@ from support.daemons import (
 )
 from support.report import REPORT_ADDRESS, REPORT_SIZE, Report
 
+from common.qmp.client import QmpClient
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -36,11 +37,10 @@ ETC = "/etc/postcopyd"
 RUN = "/run/postcopyd"
 KERNEL = "/usr/share/postcopyd/test-guest.elf"
 MEMORY = "--memory 64M"
-GUEST = f'{MEMORY} --kernel {KERNEL} --append "write-rate=8M"'
 PORT = 4444
 LISTEN = f"tcp:0.0.0.0:{PORT}"
 THERE = f"tcp:{ADDRESSES['destination']}:{PORT}"
-PEER_TIMEOUT = 2  # seconds
+PEER_TIMEOUT = 1  # seconds
 PATIENCE = 60.0
 # Bytes per second: long enough in postcopy to be interrupted.
 SLOW = 1 << 20
@@ -106,9 +106,7 @@ class Move:
         self.dst = DestinationUnit(bed.destination, name)
         self.preempt = False
 
-    @property
-    def sides(self) -> tuple[Unit, Unit]:
-        return self.src, self.dst
+        self.sides: tuple[Unit, Unit] = (self.src, self.dst)
 
     def begin(self) -> None:
         """What docs/operations.md says, at the destination and at the source."""
@@ -133,6 +131,12 @@ class Move:
         self.dst.wait_status("postcopy-active")
         self.wait_pages(50)
 
+    @property
+    def remaining(self) -> int:
+        """Bytes that the source still owes."""
+        left: int = self.src.query()["ram"]["remaining"]
+        return left
+
     def wait_pages(self, more: int) -> None:
         """Until so many pages more have come in postcopy."""
         wanted = self.dst.ours["postcopy-pages"] + more
@@ -147,7 +151,7 @@ class Move:
         for side in self.sides:
             side.wait_query("postcopy-paused")
         assert self.dst.execute("query-status")["running"]
-        assert self.src.query()["ram"]["remaining"] > 0
+        assert self.remaining > 0
 
     def reconnect(self) -> None:
         """To daemons that have begun anew."""
@@ -159,7 +163,19 @@ class Move:
     def recover(self) -> None:
         """By hand: the destination listens, the source comes back."""
         self.dst.execute("migrate-recover", uri=LISTEN)
+        self.resume()
+
+    def resume(self) -> None:
+        """Again and again: hosts need a moment to find each other after a cut."""
+        deadline = time.monotonic() + PATIENCE
+        while not self.try_resume():
+            assert time.monotonic() < deadline, self.src.query()
+
+    def try_resume(self) -> bool:
+        """Whether it goes on, or else is paused again."""
         self.src.execute("migrate", uri=THERE, resume=True)
+        ends = ("postcopy-active", "completed", "postcopy-paused")
+        return self.src.wait_query(*ends)["status"] != "postcopy-paused"
 
     def complete(self) -> Report:
         """To the end at full speed, and the guest's own account of it."""
@@ -186,12 +202,13 @@ def files(host: Host, name: str, guest: str, *lines: str) -> None:
 
 
 @contextlib.contextmanager
-def moving(bed: Bed, name: str, *lines: str) -> Iterator[Move]:
+def moving(bed: Bed, name: str, *lines: str, area: str = "48M") -> Iterator[Move]:
     """A guest of this name at the source, an empty one at the destination.
 
-    `lines` are more of the configuration at both ends.
+    `area` is what the guest writes; `lines` are more of both configurations.
     """
-    files(bed.source, name, GUEST, *lines)
+    work = f'--append "area={area} write-rate=8M"'
+    files(bed.source, name, f"{MEMORY} --kernel {KERNEL} {work}", *lines)
     files(bed.destination, name, f"{MEMORY} --incoming", *lines)
     move = Move(bed, name)
     try:

@@ -1,0 +1,111 @@
+"""Daemons end in the middle of postcopy, and systemd or an operator starts them.
+
+The guest's process outlives them, and so does what has arrived of its memory.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from hosts.services import moving
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hosts.bed import Bed
+    from hosts.services import Move, Unit
+
+
+def killed(*sides: Unit) -> None:
+    """All at once, and systemd starts them again."""
+    for side in sides:
+        side.kill()
+    for side in sides:
+        side.host.wait(side.unit, "NRestarts", "1")
+
+
+def restarted(side: Unit) -> None:
+    side.host.systemctl("restart", side.unit)
+
+
+def stopped(side: Unit) -> None:
+    side.host.systemctl("stop", side.unit)
+    assert side.host.show(side.unit, "ActiveState") == "inactive"
+    side.host.systemctl("start", side.unit)
+
+
+BLOWS: dict[str, Callable[[Move], None]] = {
+    "source-killed": lambda move: killed(move.src),
+    "destination-killed": lambda move: killed(move.dst),
+    "both-killed": lambda move: killed(move.src, move.dst),
+    "source-restarted": lambda move: restarted(move.src),
+    "destination-restarted": lambda move: restarted(move.dst),
+    "source-stopped": lambda move: stopped(move.src),
+    "destination-stopped": lambda move: stopped(move.dst),
+}
+AUTO = ("[recovery]", "auto = true", "first-delay = 0", "greatest-delay = 1")
+
+
+def others(move: Move, before: list[int]) -> bool:
+    """Whether it is another process at one end at least."""
+    return [side.pid for side in move.sides] != before
+
+
+@pytest.mark.parametrize("blow", BLOWS)
+def test_recovers_by_hand(bed: Bed, name: str, blow: str) -> None:
+    with moving(bed, name) as move:
+        move.to_postcopy()
+        daemons = [side.pid for side in move.sides]
+        guests = [side.host.show(side.guest, "MainPID") for side in move.sides]
+        owed = move.remaining
+        BLOWS[blow](move)
+        move.reconnect()
+        assert others(move, daemons)
+        move.wait_paused()
+        # What has come has come: it does not begin at the beginning.
+        assert move.remaining <= owed
+        move.recover()
+        move.wait_pages(50)
+        move.complete()
+        assert guests == [side.host.show(side.guest, "MainPID") for side in move.sides]
+
+
+@pytest.mark.parametrize("blow", BLOWS)
+def test_recovers_by_itself(bed: Bed, name: str, blow: str) -> None:
+    """With [recovery] auto, after whatever has happened to the daemons."""
+    with moving(bed, name, *AUTO, area="8M") as move:
+        move.to_postcopy()
+        daemons = [side.pid for side in move.sides]
+        BLOWS[blow](move)
+        move.reconnect()
+        assert others(move, daemons)
+        move.wait_completed()
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["cable", "silence"])
+def test_the_network_comes_back(bed: Bed, name: str, silent: bool) -> None:
+    """With [recovery] auto the network is all that somebody has to mend."""
+    with moving(bed, name, *AUTO, area="8M") as move:
+        move.to_postcopy()
+        if silent:
+            bed.link.drop()
+        else:
+            bed.link.down("destination")
+        move.src.wait_status("postcopy-paused")
+        move.dst.wait_status("postcopy-paused")
+        bed.link.repair()
+        move.wait_completed()
+        assert move.src.ours["recovery"]["recovered"] == 1
+
+
+def test_a_crash_loop_is_no_end(bed: Bed, name: str) -> None:
+    """However often a daemon ends: a guest waits for its pages."""
+    with moving(bed, name, *AUTO, area="8M") as move:
+        move.to_postcopy()
+        for times in range(1, 8):
+            move.dst.kill()
+            move.dst.host.wait(move.dst.unit, "NRestarts", str(times))
+        move.dst.host.wait(move.dst.unit, "ActiveState", "active")
+        move.reconnect()
+        move.wait_completed()
