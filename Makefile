@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo test lint format types unit native conformance \
-	integration fuzz soak bench clean install uninstall
+	integration test-hosts fuzz soak bench clean install uninstall
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
@@ -41,6 +41,9 @@ conformance: ## against QEMU and others' QMP clients
 
 integration: ## two daemons and a guest, whose memory is checked
 	@.ci/stages integration
+
+test-hosts: ## two hosts with systemd, and networks that break (root)
+	@.ci/stages hosts
 
 fuzz: ## malformed input; SECONDS=10 for each target
 	@SECONDS=$(SECONDS) .ci/stages fuzz

@@ -133,6 +133,7 @@ class Bed:
         ]
 
     def __enter__(self) -> Bed:
+        assert os.geteuid() == 0, "only root can boot hosts"
         assert BASE.is_dir(), f"{BASE} is not there: run .ci/hosts, as root"
         sweep()
         with self._log.open("wb") as log:

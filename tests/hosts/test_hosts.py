@@ -104,7 +104,7 @@ def test_a_long_and_bad_line(bed: Bed, name: str) -> None:
         move.to_postcopy()
         move.complete()
         assert "postcopy-paused" not in move.src.statuses + move.dst.statuses
-        assert move.dst.query()["postcopy-latency"] > 10e6  # ns: the way was long
+        assert move.dst.query()["postcopy-latency"] > 5e6  # ns: the way was long
 
 
 # --- what an operator sees of it --------------------------------------------------

@@ -109,3 +109,24 @@ def test_a_crash_loop_is_no_end(bed: Bed, name: str) -> None:
         move.dst.host.wait(move.dst.unit, "ActiveState", "active")
         move.reconnect()
         move.wait_completed()
+
+
+def test_a_wrong_file_is_the_end(bed: Bed, name: str) -> None:
+    """Also for a client that waits: its daemon is not started for ever."""
+    with moving(bed, name) as move:
+        src = move.src
+        src.qmp.close()
+        src.host.systemctl("stop", src.unit)
+        file = src.host.path(f"/etc/postcopyd/{name}.toml")
+        right = file.read_text()
+        file.write_text('memmory = "1G"\n')
+        with pytest.raises(OSError, match=r"reset|refused|timed out"):
+            src.connect()
+        src.host.wait(src.socket, "ActiveState", "failed")
+        assert src.host.show(src.unit, "ExecMainStatus") == "2"
+        assert "did you mean 'memory'" in src.said
+        file.write_text(right)
+        src.host.systemctl("reset-failed", src.unit, src.socket)
+        src.host.systemctl("start", src.socket)
+        src.connect()
+        assert src.execute("query-status")["running"]
