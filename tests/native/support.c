@@ -9,6 +9,7 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -151,6 +152,8 @@ static void stranger_main(int out, int memory, uint64_t length)
 {
     struct made made = { .uffd = open_uffd() };
 
+    /* Whoever waits for our output must not wait for ever. */
+    NEED(prctl(PR_SET_PDEATHSIG, SIGKILL) == 0);
     made.base = (uint64_t)(uintptr_t)map_memory(memory, length);
     NEED(write(out, &made, sizeof(made)) == sizeof(made));
     for (;;) {
