@@ -8,7 +8,7 @@ import grp
 import sys
 import tomllib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, NoReturn
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
 from common import address, recovery
 from common.guest.parked import RamFile, parse_size
@@ -118,6 +118,13 @@ class Question:
     config: ServeConfig | None
 
 
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """Not to serve, but to join this process's ends with the control socket there."""
+
+    socket: str
+
+
 # --- the file ------------------------------------------------------------------------
 
 
@@ -176,6 +183,9 @@ def _close_to(name: str, names: Sequence[str]) -> str:
 # --- options -------------------------------------------------------------------------
 
 
+Verbs: TypeAlias = "argparse._SubParsersAction[_Parser]"
+
+
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong, and not all that would be right."""
 
@@ -184,13 +194,18 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_options(
-    program: str, description: str, kind: str, words: list[str] | None
+    program: str,
+    description: str,
+    kind: str,
+    words: list[str] | None,
+    add_verbs: Callable[[Verbs], None] = lambda _: None,
 ) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """Read the verb and, of `serve`, the options that type `kind` lists.
 
     What the file behind `--config` says comes first, as if it were written on
     the command line. Usage errors end the process with status 2. With `serve`
     the namespace has `file` besides, and `sockets` from the service manager.
+    `add_verbs` adds what only one of the daemons has.
     """
     given = sys.argv[1:] if words is None else words
     sockets = systemd.sockets(CONTROL_SOCKET)
@@ -206,6 +221,11 @@ def parse_options(
     )
     check_config = verbs.add_parser("check-config", help="say whether a file is right")
     check_config.add_argument("config", metavar="FILE")
+    proxy = verbs.add_parser(
+        "proxy", help="join stdin and stdout with a control socket"
+    )
+    proxy.add_argument("--qmp", metavar="SOCKET", required=True)
+    add_verbs(verbs)
     if given[:1] != ["serve"]:
         return serve, parser.parse_args(given)
     file = _read(serve, _file_named(given), kind)
@@ -220,15 +240,17 @@ _CONFIG: Final = "options in TOML; these here win"
 
 
 def question(
-    found: argparse.Namespace, parse: Callable[[list[str]], ServeConfig | Question]
-) -> Question:
+    found: argparse.Namespace, parse: Callable[[list[str]], object]
+) -> Question | Proxy:
     """What a verb other than `serve` asks; `parse` reads the daemon's command line.
 
     A file without control sockets is right: in a unit the manager makes them.
     """
+    if found.verb == "proxy":
+        return Proxy(found.qmp)
     path: str | None = found.config
     config = parse(["serve", "--qmp=", "--config", path]) if path else None
-    assert not isinstance(config, Question)
+    assert isinstance(config, ServeConfig | None)
     return Question(about=found.verb, path=path, config=config)
 
 

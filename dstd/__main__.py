@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from common.config import Question
+from common.config import Proxy, Question
 from dstd.cli import parse
 
 
@@ -15,6 +15,10 @@ def main() -> None:
         from common.host.check import answer
 
         sys.exit(answer(asked, incoming=True))
+    if isinstance(asked, Proxy):
+        from common.qmp.proxy import join
+
+        sys.exit(join(asked.socket))
     from common.service import run
     from dstd.daemon import serve
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from common.config import (
+    Proxy,
     Question,
     ServeConfig,
     guest_config,
@@ -12,7 +13,7 @@ from common.config import (
 )
 
 
-def parse(arguments: list[str] | None = None) -> ServeConfig | Question:
+def parse(arguments: list[str] | None = None) -> ServeConfig | Question | Proxy:
     """What to serve or to answer; usage errors end the process with status 2."""
     serve, found = parse_options(
         "dstd", "Receive a running guest on this host.", "DestinationConfig", arguments

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from common.config import Question
+from common.config import Proxy, Question
 from srcd.cli import parse
+from srcd.recover import RecoverOrder, recover
 
 
 def main() -> None:
@@ -15,6 +16,12 @@ def main() -> None:
         from common.host.check import answer
 
         sys.exit(answer(asked, incoming=False))
+    if isinstance(asked, Proxy):
+        from common.qmp.proxy import join
+
+        sys.exit(join(asked.socket))
+    if isinstance(asked, RecoverOrder):
+        sys.exit(recover(asked))
     from common.service import run
     from srcd.daemon import serve
 

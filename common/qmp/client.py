@@ -44,13 +44,16 @@ class CommandFailed(Exception):
 class QmpClient:
     """One connection, negotiated; a context manager that closes it.
 
+    `server` is the path of its socket, or a socket that leads there. With `oob`
+    commands may go out of band if the server offers that; `self.oob` tells.
+
     Every wait ends after its timeout in seconds with TimeoutError; a server
     that goes away gives EOFError or another OSError.
     """
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        server: str | os.PathLike[str] | socket.socket,
         *,
         timeout: float = TIMEOUT_SECONDS,
         oob: bool = False,
@@ -60,13 +63,17 @@ class QmpClient:
         self._messages: deque[Message] = deque()
         self._events: deque[Message] = deque()
         self._last_id = 0
-        self._socket = socket.socket(socket.AF_UNIX)
+        if isinstance(server, socket.socket):
+            self._socket, path = server, None
+        else:
+            self._socket, path = socket.socket(socket.AF_UNIX), os.fspath(server)
         try:
             self._socket.settimeout(timeout)
-            self._socket.connect(os.fspath(path))
+            if path is not None:
+                self._socket.connect(path)
             self.greeting = self._next(self._deadline(None))
-            enable = {"enable": ["oob"]} if oob else {}
-            self.execute("qmp_capabilities", enable)
+            self.oob = oob and _offers_oob(self.greeting)
+            self.execute("qmp_capabilities", {"enable": ["oob"]} if self.oob else {})
         except BaseException:
             self.close()
             raise
@@ -105,6 +112,10 @@ class QmpClient:
     ) -> Json:
         """The same out-of-band; the client must have been made with `oob`."""
         return self._call("exec-oob", name, arguments, timeout)
+
+    def execute_at_once(self, name: str, arguments: Mapping[str, Json]) -> Json:
+        """Out-of-band if that goes, so that nothing before it holds it up."""
+        return self._call("exec-oob" if self.oob else "execute", name, arguments, None)
 
     def events(self) -> list[Message]:
         """The events that have arrived and not been returned yet; never waits."""
@@ -178,6 +189,12 @@ class QmpClient:
 
     def _deadline(self, timeout: float | None) -> float:
         return time.monotonic() + (self._timeout if timeout is None else timeout)
+
+
+def _offers_oob(greeting: Message) -> bool:
+    about = greeting.get("QMP")
+    offered = about.get("capabilities") if isinstance(about, Mapping) else None
+    return isinstance(offered, list) and "oob" in offered
 
 
 def _left(deadline: float) -> float:

@@ -7,8 +7,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from integration.test_recovery import SHORT, Ends, in_postcopy
-from support.daemons import POSTCOPY, PREEMPT
+from support.daemons import POSTCOPY
+from support.recovery import Ends, both_ways, in_postcopy
 from support.relay import Trap
 
 if TYPE_CHECKING:
@@ -21,9 +21,8 @@ CUTS = 3
 EVENT = "X_POSTCOPYD_RECOVERY"
 PAUSED = "postcopy-paused"
 
-both_ways = pytest.mark.parametrize(
-    "capabilities", [POSTCOPY, PREEMPT], ids=["plain", "preempt"]
-)
+# Before a peer that says nothing is given up.
+SHORT = ("--peer-timeout", "1")
 
 
 def policy(**values: Any) -> dict[str, Any]:

@@ -66,6 +66,12 @@ class Link:
                 end.shutdown(socket.SHUT_RD)
         self._join()
 
+    def hang_up(self, number: int) -> None:
+        """One end reads the end of the stream; the other learns nothing of it."""
+        self._broken = True
+        with contextlib.suppress(OSError):
+            self.ends[number].shutdown(socket.SHUT_RDWR)
+
     def _join(self) -> None:
         for end in self.ends:
             end.close()
@@ -206,7 +212,15 @@ class Cable:
         self._run(end, "ip", "link", "set", "cable", "down")
 
     def up(self, end: int) -> None:
+        """Until packets come through: the kernel takes its time for that."""
         self._run(end, "ip", "link", "set", "cable", "up")
+        deadline = time.monotonic() + PATIENCE
+        while not all("state UP" in self._link(end) for end in (0, 1)):
+            assert time.monotonic() < deadline, "the link does not come up"
+
+    def _link(self, end: int) -> str:
+        words = ("ip", "link", "show", "dev", "cable")
+        return subprocess.check_output([*self.wrappers[end], *words], text=True)
 
     def drop(self, *ends: int) -> None:
         """What these ends send vanishes: no end, no reset, no error."""

@@ -1,0 +1,40 @@
+"""`srcd recover` and the scripts of docs/recovery.md, run as an operator would."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    Run: TypeAlias = "subprocess.CompletedProcess[str]"
+
+PROGRAMS = Path(sys.executable).parent
+EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples"
+# What stands for ssh: no other host is needed, but its name and a shell are.
+SSH = 'sh -c "echo to $0 >&2; exec sh -c \\"$1\\""'
+PATIENCE = 90.0
+
+
+def run(*words: str, **environment: str) -> Run:
+    """To its end, with the daemons' programs in the path."""
+    path = f"{PROGRAMS}:{os.environ['PATH']}"
+    return subprocess.run(
+        words,
+        env={**os.environ, "PATH": path, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+
+
+def recover(qmp: object, peer: object, *words: str, **environment: str) -> Run:
+    """`srcd recover`."""
+    where = ("--qmp", str(qmp), "--peer", str(peer))
+    return run("srcd", "recover", *where, *words, **environment)
