@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 SLOT: Final = 64 << 10
 LENGTH: Final = 2 * SLOT
 """Bytes of the file."""
-_HEAD: Final = struct.Struct("<QII")  # number, length, checksum of the text
+_HEAD: Final = struct.Struct("<QII")  # number, length of the text, checksum of both
 
 
 class Note:
@@ -56,7 +56,7 @@ class Note:
         slot = os.pread(self._fd, SLOT, index * SLOT)
         number, length, checksum = _HEAD.unpack_from(slot)
         text = slot[_HEAD.size : _HEAD.size + length]
-        if len(text) != length or zlib.crc32(text) != checksum:
+        if not text or len(text) != length or _checksum(number, text) != checksum:
             return 0, b""
         return number, text
 
@@ -74,9 +74,13 @@ class Note:
         if len(text) > SLOT - _HEAD.size:
             raise ValueError(f"a note of {len(text)} bytes")
         self._number += 1
-        head = _HEAD.pack(self._number, len(text), zlib.crc32(text))
+        head = _HEAD.pack(self._number, len(text), _checksum(self._number, text))
         os.pwrite(self._fd, head + text, self._number % 2 * SLOT)
         self._text = text
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+def _checksum(number: int, text: bytes) -> int:
+    return zlib.crc32(text, number & 0xFFFFFFFF)

@@ -5,10 +5,20 @@ The guest's process outlives it, and the daemon after it comes up paused.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import signal
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.recovery import both_ways, in_postcopy
+from support.daemons import (
+    POSTCOPY,
+    Destination,
+    Source,
+    assert_unharmed,
+    move_postcopy,
+    move_precopy,
+    prepare,
+)
+from support.recovery import GUEST, LITTLE, SLOW, both_ways, in_postcopy
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -46,3 +56,120 @@ def test_killed(
         ends.wait_pages(100)
         ends.complete()
         assert here >= 100
+
+
+@pytest.mark.parametrize("side", ["src", "dst"])
+def test_ended_by_the_service_manager(tmp_path: Path, side: str) -> None:
+    """A signal in the middle of postcopy ends the daemon, not the guest."""
+    with in_postcopy(tmp_path, POSTCOPY) as ends:
+        daemon = getattr(ends, side)
+        daemon.end(signal.SIGTERM)
+        assert "ended in the middle of postcopy" in daemon.said
+        daemon.start()
+        assert daemon.query()["status"] == "postcopy-paused"
+        ends.recover()
+        ends.wait_both("postcopy-active")
+        ends.complete()
+
+
+def test_quit_ends_the_guest_even_then(tmp_path: Path) -> None:
+    with in_postcopy(tmp_path, POSTCOPY) as ends:
+        ends.dst.execute("quit")
+        ends.dst.process.wait(30)
+        ends.dst.qmp.close()
+        ends.dst.start()
+        assert ends.dst.query() == {}
+        assert ends.dst.execute("query-status")["status"] == "inmigrate"
+
+
+def test_settings_hold(tmp_path: Path) -> None:
+    with in_postcopy(tmp_path, POSTCOPY) as ends:
+        for daemon in (ends.src, ends.dst):
+            daemon.set_parameters(max_postcopy_bandwidth=SLOW // 2)
+            daemon.end()
+            daemon.start()
+            parameters = daemon.execute("query-migrate-parameters")
+            assert parameters["max-postcopy-bandwidth"] == SLOW // 2
+            on = daemon.execute("query-migrate-capabilities")
+            assert {"capability": "postcopy-ram", "state": True} in on
+
+
+def in_precopy(src: Source, dst: Destination) -> None:
+    """Under way for as long as it takes."""
+    prepare(src, dst)
+    src.set_parameters(max_bandwidth=SLOW)
+    src.migrate(dst.listen())
+    src.wait_status("active")
+
+
+def test_destination_killed_in_precopy(tmp_path: Path) -> None:
+    """The guest runs on at the source, and can be migrated to the same guest."""
+    with Source(tmp_path, *GUEST) as src, Destination(tmp_path, *LITTLE) as dst:
+        before = src.wait_filled()
+        in_precopy(src, dst)
+        dst.end()
+        assert src.wait_status("failed", "completed") == "failed"
+        src.wait_report(lambda r: r.counter > before.counter)
+        dst.start()
+        assert dst.query() == {}
+        prepare(src, dst, *POSTCOPY)
+        src.set_parameters(max_bandwidth=0)
+        move_postcopy(src, dst)
+        assert_unharmed(dst, before)
+
+
+def test_source_killed_in_precopy(tmp_path: Path) -> None:
+    """The guest runs on where it is, and no migration is known any more."""
+    with Source(tmp_path, *GUEST) as src, Destination(tmp_path, *LITTLE) as dst:
+        before = src.wait_filled()
+        in_precopy(src, dst)
+        src.end()
+        assert dst.wait_status("failed") == "failed"
+        src.start()
+        assert src.query() == {}
+        assert src.execute("query-status")["running"]
+        src.wait_report(lambda r: r.counter > before.counter)
+    with Source(tmp_path, *GUEST) as src, Destination(tmp_path, *LITTLE) as dst:
+        before = src.wait_filled()
+        src.end()
+        src.start()
+        prepare(src, dst)
+        src.set_parameters(max_bandwidth=0)
+        move_precopy(src, dst)
+        assert_unharmed(dst, before)
+
+
+def test_source_killed_when_the_guest_is_stopped(tmp_path: Path) -> None:
+    """The guest is the source's still: it goes on."""
+    with Source(tmp_path, *GUEST) as src, Destination(tmp_path, *LITTLE) as dst:
+        before = src.wait_filled()
+        prepare(src, dst, "pause-before-switchover")
+        src.set_parameters(max_bandwidth=0)
+        src.migrate(dst.listen())
+        src.wait_status("pre-switchover")
+        src.end()
+        src.start()
+        assert src.execute("query-status")["running"]
+        assert "ended when the guest was stopped" in src.said
+        assert assert_unharmed_at(src, before)
+
+
+def assert_unharmed_at(daemon: Any, before: Any) -> Any:
+    return daemon.wait_report(
+        lambda r: r.counter > before.counter and r.checked > before.checked
+    )
+
+
+def test_restarted_when_all_is_over(tmp_path: Path) -> None:
+    with Source(tmp_path, *GUEST) as src, Destination(tmp_path, *LITTLE) as dst:
+        before = src.wait_filled()
+        prepare(src, dst, *POSTCOPY)
+        src.set_parameters(max_bandwidth=0)
+        move_postcopy(src, dst)
+        for daemon in (src, dst):
+            daemon.end()
+            daemon.start()
+            assert daemon.query()["status"] == "completed", daemon.said
+        assert src.execute("query-status")["status"] == "postmigrate"
+        assert dst.execute("query-status")["running"]
+        assert_unharmed(dst, before)
