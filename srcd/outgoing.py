@@ -223,6 +223,7 @@ class OutgoingMigration:
             self.status.set(M.COMPLETED)
         elif record.postcopy:
             self.pump.owe_dirty()
+            self.apply_limits()
             self._run_state("finish-migrate")
             self.error = ChannelLost("the daemon ended in the middle of postcopy")
             self.status.set(M.POSTCOPY_PAUSED)

@@ -6,6 +6,7 @@ The guest's process outlives it, and the daemon after it comes up paused.
 from __future__ import annotations
 
 import signal
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,6 +20,7 @@ from support.daemons import (
     prepare,
 )
 from support.recovery import GUEST, LITTLE, SLOW, both_ways, in_postcopy
+from support.report import PAGE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -173,3 +175,15 @@ def test_restarted_when_all_is_over(tmp_path: Path) -> None:
         assert src.execute("query-status")["status"] == "postmigrate"
         assert dst.execute("query-status")["running"]
         assert_unharmed(dst, before)
+
+
+def test_the_limit_holds(tmp_path: Path) -> None:
+    """The next source sends no faster than the one before was told to."""
+    with in_postcopy(tmp_path, POSTCOPY) as ends:
+        kill(ends, "src")
+        ends.recover()
+        ends.wait_both("postcopy-active")
+        begun = time.monotonic()
+        ends.wait_pages(2 * SLOW // PAGE)
+        assert time.monotonic() - begun > 0.5
+        ends.complete()
