@@ -38,3 +38,20 @@ def recover(qmp: object, peer: object, *words: str, **environment: str) -> Run:
     """`srcd recover`."""
     where = ("--qmp", str(qmp), "--peer", str(peer))
     return run("srcd", "recover", *where, *words, **environment)
+
+
+INTERPRETERS = {"recover.sh": ("sh",), "recover.py": (sys.executable,)}
+
+
+def by_shell(qmp: object, peer: object, uri: str) -> Run:
+    """The script leaves to its reader how to get to the sockets."""
+    leads = [f"srcd proxy --qmp {path}" for path in (qmp, peer)]
+    return run(*INTERPRETERS["recover.sh"], str(EXAMPLES / "recover.sh"), *leads, uri)
+
+
+def by_python(qmp: object, peer: object, uri: str) -> Run:
+    script = str(EXAMPLES / "recover.py")
+    return run(*INTERPRETERS["recover.py"], script, str(qmp), str(peer), uri)
+
+
+SCRIPTS = {"recover.sh": by_shell, "recover.py": by_python}
