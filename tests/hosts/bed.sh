@@ -42,7 +42,7 @@ boot() {
         systemd-nspawn --quiet --boot --register=no --keep-unit \
         --machine="$1" --directory="$folder/$1/root" --link-journal=no \
         --network-namespace-path="/run/netns/$1" --console=pipe \
-        --resolv-conf=off --timezone=off
+        --resolv-conf=off --timezone=off --capability=CAP_NET_ADMIN
 }
 
 for host in source destination; do

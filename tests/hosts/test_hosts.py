@@ -125,8 +125,16 @@ def test_status_and_journal(bed: Bed, name: str) -> None:
         entries = side.host.journal(side.unit)
         ours = [one for one in entries if one.get("_SYSTEMD_UNIT") == side.unit]
         assert {one["SYSLOG_IDENTIFIER"] for one in ours} == {side.program}
+        assert {one["POSTCOPYD_GUEST"] for one in ours} == {name}
+        assert {one["POSTCOPYD_SIDE"] for one in ours} == {side.host.name}
         assert {one["PRIORITY"] for one in ours} <= {"4", "6"}, ours
         said = [one["MESSAGE"] for one in ours]
         for status in ("active", "postcopy-active", "completed"):
             assert any(line.endswith(f" becomes {status}") for line in said), said
         assert len(ours) < 40, "a whole migration is some dozen lines"
+        # All of a guest's units at once.
+        found = side.host.check(
+            *("journalctl", "-q", "-o", "cat", "--output-fields=_SYSTEMD_UNIT"),
+            f"POSTCOPYD_GUEST={name}",
+        )
+        assert {side.unit, side.guest} <= set(found.split()), found
