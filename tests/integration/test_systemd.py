@@ -540,6 +540,54 @@ def test_a_guest_outlives_its_daemon(
 
 @pytest.mark.systemd
 @pytest.mark.systemd_boots
+def test_the_manager_keeps_what_no_guest_can(
+    destination: Path, private_dir: Path
+) -> None:
+    """RAM without a process: what is known of it is in the descriptor store."""
+    names = ("here", "there")
+    files = {
+        f"{name}.toml": f'ram = ["ram={RUN}/{name}.ram,size=16M"]\n' for name in names
+    }
+    units = [f"srcd@{names[0]}.service", f"dstd@{names[1]}.service"]
+    with Host(destination, private_dir, files, dict.fromkeys(units, LOGGED)) as host:
+        content = os.urandom(16 << 20)
+        ram = host.path(f"{RUN}/here.ram")
+        ram.write_bytes(content)
+        ram.chmod(0o666)
+        started(host, units)
+        src, dst = SourceUnit(host, "here"), DestinationUnit(host, "there")
+        with src.qmp, dst.qmp:
+            for side in (src, dst):
+                side.set_capabilities("postcopy-ram")
+            src.set_parameters(max_bandwidth=1 << 20, max_postcopy_bandwidth=1 << 20)
+            src.migrate(dst.listen())
+            src.wait_status("active")
+            src.execute("migrate-start-postcopy")
+            for side in (src, dst):
+                side.wait_status("postcopy-active")
+            first = dst.ours["postcopy-pages"]
+        for unit in units:
+            host.run("kill", "-KILL", host.show(unit, "MainPID"))
+        for unit in units:
+            host.wait(unit, "NRestarts", "1")
+            host.wait(unit, "ActiveState", "active")
+        src, dst = SourceUnit(host, "here"), DestinationUnit(host, "there")
+        with src.qmp, dst.qmp:
+            for side in (src, dst):
+                assert side.query()["status"] == "postcopy-paused"
+            (place,) = dst.query()["socket-address"]
+            src.set_parameters(max_postcopy_bandwidth=0)
+            uri = f"tcp:{place['host']}:{place['port']}"
+            src.execute("migrate", uri=uri, resume=True)
+            for side in (src, dst):
+                side.wait_status("completed")
+            assert dst.ours["postcopy-pages"] + first <= 4096
+            assert dst.ours["duplicate-pages"] == 0
+        assert host.path(f"{RUN}/there.ram").read_bytes() == content
+
+
+@pytest.mark.systemd
+@pytest.mark.systemd_boots
 def test_a_wrong_file_is_not_tried_again(destination: Path, private_dir: Path) -> None:
     files = {"vm.toml": 'memmory = "1G"\n'}
     unit = "dstd@vm.service"
