@@ -102,6 +102,7 @@ class Move:
 
     def __init__(self, bed: Bed, name: str) -> None:
         self.bed = bed
+        self.name = name
         self.src = SourceUnit(bed.source, name)
         self.dst = DestinationUnit(bed.destination, name)
         self.preempt = False
@@ -191,22 +192,25 @@ class Move:
 
 def files(host: Host, name: str, guest: str, *lines: str) -> None:
     """The configuration of a guest's daemon, and its VMM's options."""
-    head = (
-        f'name = "{name}"',
-        f'guest = "{RUN}/{name}.guest"',
-        f"peer-timeout = {PEER_TIMEOUT}",
-    )
+    head = (f'name = "{name}"', f'guest = "{RUN}/{name}.guest"')
     host.write(f"{ETC}/{name}.toml", "\n".join((*head, *lines, "")))
     # systemd's own quoting, systemd.exec(5).
     host.write(f"{ETC}/{name}.guest", f"OPTIONS='{guest}'\n")
 
 
 @contextlib.contextmanager
-def moving(bed: Bed, name: str, *lines: str, area: str = "48M") -> Iterator[Move]:
+def moving(
+    bed: Bed,
+    name: str,
+    *lines: str,
+    area: str = "48M",
+    peer_timeout: int = PEER_TIMEOUT,
+) -> Iterator[Move]:
     """A guest of this name at the source, an empty one at the destination.
 
     `area` is what the guest writes; `lines` are more of both configurations.
     """
+    lines = (f"peer-timeout = {peer_timeout}", *lines)
     work = f'--append "area={area} write-rate=8M"'
     files(bed.source, name, f"{MEMORY} --kernel {KERNEL} {work}", *lines)
     files(bed.destination, name, f"{MEMORY} --incoming", *lines)
