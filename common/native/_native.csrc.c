@@ -1,5 +1,6 @@
 #include "bitmap.h"
 #include "channel.h"
+#include "checksum.h"
 #include "destination.h"
 #include "dirty.h"
 #include "fault.h"

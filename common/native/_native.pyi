@@ -25,6 +25,8 @@ class _Lib:
     PLACE_COPY: int
     WIRE_HEADER_MAX: int
     VCPUS_MAX: int
+    CHECKSUM_REGION: int
+    CHECKSUM_OF_HOLE: int
     CHUNK_MIXED: int
     CHUNK_EMPTY: int
     CHUNK_FULL: int
@@ -108,6 +110,14 @@ class _Lib:
     def channel_skip(c: CData) -> None: ...
     @staticmethod
     def channel_position(c: CData) -> int: ...
+    @staticmethod
+    def crc32c(before: int, data: CData, length: int) -> int: ...
+    @staticmethod
+    def crc32c_has_instruction() -> bool: ...
+    @staticmethod
+    def checksum_file(e: CData, values: CData, stop_fd: int) -> CData: ...
+    @staticmethod
+    def checksum_verify_file(e: CData, values: CData, stop_fd: int) -> CData: ...
     @staticmethod
     def uffd_negotiate(uffd: int, abilities: CData) -> CData: ...
     @staticmethod
