@@ -174,12 +174,13 @@ class LinuxGuest(QemuProcess):
         """Until a guest that said `before` has gone on here, with right memory.
 
         It has to count on by `counts`, to finish two looks at its memory (the
-        first may have begun before the move), and to use its disk.
+        first may have begun before the move), and to use its disk and network.
         """
         return self.wait_console(
             lambda said: (
                 len(said.counts) >= len(before.counts) + counts
                 and len(said.cycles) >= len(before.cycles) + 2
-                and len(said.sectors) >= len(before.sectors) + (5 if self._disk else 0)
+                and len(said.echoes) >= len(before.echoes) + 2
+            and len(said.sectors) >= len(before.sectors) + (5 if self._disk else 0)
             )
         )
