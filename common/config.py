@@ -38,7 +38,8 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuestConfig:
-    """Which guest: exactly one of `ram`, `socket` and the built-in one (neither).
+    """Which guest: exactly one of `ram`, `socket`, `park` and the built-in one
+    (none of them). `park` is the directory to put it into; the destination's only.
 
     `memory` in bytes. `kernel` is the program of the built-in guest.
     """
@@ -55,6 +56,7 @@ class GuestConfig:
     append: str
     serial: str
     paused: bool
+    park: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,9 +278,11 @@ def guest_config(
     parser: argparse.ArgumentParser, found: argparse.Namespace, *, kernel: str | None
 ) -> GuestConfig:
     """Check the guest's options against each other; a usage error ends here."""
+    park: str | None = getattr(found, "park", None)
     kinds = [found.memory is not None, bool(found.ram), found.guest is not None]
+    kinds.append(park is not None)
     if sum(kinds) != 1:
-        parser.error("give one of --memory, --ram and --guest")
+        parser.error("give one of --memory, --ram, --guest and --park")
     if not 1 <= found.vcpus <= 8:
         parser.error("--vcpus must be 1 to 8")
     if found.serial != "stdout" and not found.serial.startswith("file:"):
@@ -296,6 +300,7 @@ def guest_config(
         append=getattr(found, "append", ""),
         serial=found.serial,
         paused=getattr(found, "paused", False),
+        park=park,
     )
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ARRIVING: Final = frozenset(M) - {M.NONE, M.SETUP, M.COMPLETED, M.FAILED}
 PAUSABLE: Final = frozenset({M.POSTCOPY_ACTIVE, M.POSTCOPY_RECOVER})
-ARRIVED: Final = frozenset({"running", "paused"})
+ARRIVED: Final = frozenset({"running", "paused", "postmigrate"})
 
 
 class DestinationCommands:

@@ -70,6 +70,11 @@ class Memory:
         self.way = way
         self._channel: CData = None
 
+    def adopt(self, guest: Guest) -> None:
+        """The guest's blocks are known now; there were none."""
+        self._ram.open(guest.blocks)
+        check(lib.ram_prepare_destination(self._ram.native))
+
     @property
     def way_name(self) -> str:
         return _WAYS[self.way]
@@ -269,6 +274,11 @@ class Loader:
     @property
     def discards(self) -> int:
         return int(self._native.discards)
+
+    @property
+    def begun(self) -> bool:
+        """The RAM section's first part has been read."""
+        return bool(self._native.begun)
 
     @property
     def ended(self) -> bool:

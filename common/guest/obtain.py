@@ -10,6 +10,7 @@ from common.guest.attached import accept, listening
 from common.guest.base import GuestState
 from common.guest.microvm import MicroVm, start
 from common.guest.parked import ParkedGuest
+from common.guest.parking import ParkingGuest
 
 if TYPE_CHECKING:
     import trio
@@ -28,6 +29,8 @@ async def obtain(
     `control` is the daemon's first control socket: the built-in guest attaches
     beside it.
     """
+    if config.park:
+        return ParkingGuest(config.park)
     if config.ram:
         state = GuestState.INCOMING if incoming else GuestState.RUNNING
         return ParkedGuest(config.machine or PARKED_MACHINE, config.ram, state)

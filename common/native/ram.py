@@ -32,10 +32,17 @@ class Block(Protocol):
 
 
 class Ram:
-    """Owns the table and its bitmaps; the descriptors stay the guest's."""
+    """Owns the table and its bitmaps; the descriptors stay the guest's.
+
+    Without blocks it is empty until they are known, and `open` is called.
+    """
 
     def __init__(self, blocks: Sequence[Block]) -> None:
         self.native = ffi.new("struct ram *")
+        if blocks:
+            self.open(blocks)
+
+    def open(self, blocks: Sequence[Block]) -> None:
         check(lib.ram_open(self.native, len(blocks)))
         try:
             for block in blocks:

@@ -33,6 +33,7 @@ void ram_close(struct ram *ram)
         bitmap_close(&b->owed);
         bitmap_close(&b->solid);
         bitmap_close(&b->received);
+        bitmap_close(&b->discarded);
         bitmap_close(&b->requested);
         bitmap_close(&b->claimed);
         bitmap_close(&b->populated);
@@ -95,7 +96,7 @@ struct result ram_add(struct ram *ram, const char *idstr, uint64_t length,
     b->fd = fd;
     b->dirty.fd = b->owed.fd = b->solid.fd = b->received.fd = -1;
     b->requested.fd = b->claimed.fd = b->populated.fd = b->mapped.fd = -1;
-    b->expected.fd = b->prepared.fd = -1;
+    b->expected.fd = b->prepared.fd = b->discarded.fd = -1;
     ram->total += length;
     return result_ok();
 }
@@ -161,6 +162,9 @@ struct result ram_prepare_destination(struct ram *ram)
 
         if (RESULT_IS_OK(r)) {
             r = bitmap_open(&b->received, block_pages(b));
+        }
+        if (RESULT_IS_OK(r)) {
+            r = bitmap_open(&b->discarded, block_pages(b));
         }
         if (RESULT_IS_OK(r)) {
             r = bitmap_open(&b->requested, block_hosts(b));

@@ -46,6 +46,7 @@ struct ram_block {
 
     /* Destination. */
     struct bitmap received;  /* target pages that are here; see place.h */
+    struct bitmap discarded; /* target pages that the source took back */
     struct bitmap requested; /* host pages that a fault was about */
     struct bitmap claimed;   /* host pages some load loop is filling or has */
     struct bitmap populated; /* host pages that hold memory in the file */
