@@ -160,7 +160,9 @@ class Parked:
         path = self.path / RUNNING
         if not path.exists():
             return None
-        text = files.read(path, _MAX_MARK).decode(errors="replace").strip()
+        with files.named(path, "read"), path.open("rb") as file:
+            text = file.read(_MAX_MARK).decode(errors="replace").strip()
+        # Whatever it says: that it is there is what counts.
         return text if text.isprintable() and text else "elsewhere"
 
     def mark_running(self, where: str) -> None:
