@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 FOLDER = Path(__file__).resolve().parents[2] / "build" / "linux"
-MEMORY = "192M"
+MEMORY = 192 << 20
 DISK_SIZE = 1 << 20
 LOOK_SECONDS = 0.02  # between two looks at a file, which has no events
 
@@ -129,7 +129,7 @@ class LinuxGuest(QemuProcess):
             disk.write_bytes(bytes(DISK_SIZE))
 
     def _machine_arguments(self) -> list[str]:
-        arguments = ["-M", self.machine, "-accel", "tcg", "-m", MEMORY]
+        arguments = ["-M", self.machine, "-accel", "tcg", "-m", f"{MEMORY}B"]
         arguments += ["-serial", f"file:{self.serial}"]
         arguments += ["-netdev", "user,id=net,restrict=on"]
         arguments += ["-device", "virtio-net-pci,netdev=net,romfile="]
@@ -181,6 +181,6 @@ class LinuxGuest(QemuProcess):
                 len(said.counts) >= len(before.counts) + counts
                 and len(said.cycles) >= len(before.cycles) + 2
                 and len(said.echoes) >= len(before.echoes) + 2
-            and len(said.sectors) >= len(before.sectors) + (5 if self._disk else 0)
+                and len(said.sectors) >= len(before.sectors) + (5 if self._disk else 0)
             )
         )

@@ -56,12 +56,12 @@ class Workshop:
         self.directory = directory
         self.parked = directory / "parked"
         self.guests: list[LinuxGuest] = []
-        self._settings: dict[str, Any] = {
+        self.settings: dict[str, Any] = {
             "machine": machine,
             "version": version,
             "disk": directory / "disk" if disk else None,
-            "arguments": arguments,
         }
+        self._arguments = arguments
         self._stack = ExitStack()
         self._number = 0
 
@@ -80,9 +80,9 @@ class Workshop:
     def boot(self) -> LinuxGuest:
         return self._qemu(earlier=[])
 
-    def waiting(self, *capabilities: str) -> LinuxGuest:
+    def waiting(self, *capabilities: str, arguments: Sequence[str] = ()) -> LinuxGuest:
         """A QEMU for the guest to come to."""
-        qemu = self._qemu(earlier=self.guests, incoming=True)
+        qemu = self._qemu(earlier=self.guests, incoming=True, more=arguments)
         qemu.set_capabilities(*capabilities)
         return qemu
 
@@ -92,13 +92,20 @@ class Workshop:
         qemu.set_capabilities(*capabilities)
         return qemu
 
-    def _qemu(self, *, earlier: list[LinuxGuest], **more: Any) -> LinuxGuest:
+    def _qemu(
+        self,
+        *,
+        earlier: list[LinuxGuest],
+        incoming: bool = False,
+        more: Sequence[str] = (),
+    ) -> LinuxGuest:
         guest = LinuxGuest(
             self.directory,
             self._name("qemu"),
             earlier=list(earlier),
-            **self._settings,
-            **more,
+            incoming=incoming,
+            arguments=[*self._arguments, *more],
+            **self.settings,
         )
         self._stack.enter_context(guest)
         self.guests.append(guest)
@@ -140,11 +147,11 @@ class Workshop:
             both_complete(guest, dstd)
         end(guest)
 
-    def serve(self, out: str, *options: str) -> LinuxGuest:
-        """Until the guest is wholly in a new QEMU."""
-        srcd_options, capabilities = OUT[out]
-        guest = self.waiting(*capabilities)
-        with self.server(*srcd_options, *options) as srcd:
+    def serve(self, out: str, *, arguments: Sequence[str] = ()) -> LinuxGuest:
+        """Until the guest is wholly in a new QEMU, which has these arguments, too."""
+        options, capabilities = OUT[out]
+        guest = self.waiting(*capabilities, arguments=arguments)
+        with self.server(*options) as srcd:
             srcd.set_parameters(max_bandwidth=FAST)
             srcd.migrate(guest.listen())
             both_complete(srcd, guest)
