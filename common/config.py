@@ -38,8 +38,10 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuestConfig:
-    """Which guest: exactly one of `ram`, `socket`, `park` and the built-in one
+    """Which guest: one of `ram`, `socket`, `park`, `parked` and the built-in one
     (none of them). `park` is the directory to put it into; the destination's only.
+    `parked`, the source's, is the one to serve it from: as a `clone` any number of
+    times, `lazy` while it runs already, and remembering its `working_set`.
 
     `memory` in bytes. `kernel` is the program of the built-in guest.
     """
@@ -57,6 +59,10 @@ class GuestConfig:
     serial: str
     paused: bool
     park: str | None = None
+    parked: str | None = None
+    clone: bool = False
+    lazy: bool = False
+    working_set: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,9 +286,11 @@ def guest_config(
     """Check the guest's options against each other; a usage error ends here."""
     park: str | None = getattr(found, "park", None)
     kinds = [found.memory is not None, bool(found.ram), found.guest is not None]
-    kinds.append(park is not None)
+    parked: str | None = getattr(found, "parked", None)
+    kinds += [park is not None, parked is not None]
     if sum(kinds) != 1:
-        parser.error("give one of --memory, --ram, --guest and --park")
+        other = "--parked" if hasattr(found, "parked") else "--park"
+        parser.error(f"give one of --memory, --ram, --guest and {other}")
     if not 1 <= found.vcpus <= 8:
         parser.error("--vcpus must be 1 to 8")
     if found.serial != "stdout" and not found.serial.startswith("file:"):
@@ -301,6 +309,10 @@ def guest_config(
         serial=found.serial,
         paused=getattr(found, "paused", False),
         park=park,
+        parked=parked,
+        clone=getattr(found, "clone", False),
+        lazy=getattr(found, "restore", None) == "lazy",
+        working_set=not getattr(found, "no_working_set", False),
     )
 
 

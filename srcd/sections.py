@@ -1,4 +1,7 @@
-"""What the source writes besides pages: opening, block list, device state, ends."""
+"""What the source writes besides pages: opening, block list, device state, ends.
+
+What a parked VM brought along is written as it came.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING, Final
 
+from common.guest.stored import NO_DESCRIPTION, StoredGuest
 from common.stream import command, fields, section, vmdesc
 from common.stream import constants as c
 from common.stream.package import Package, encode_package
@@ -22,10 +26,7 @@ RAM_END: Final = section.encode_section(section.End(section_id=c.RAM_SECTION_ID)
 
 def opening(guest: Guest, *, return_path: bool, postcopy: bool, preempt: bool) -> bytes:
     """From the file header to RAM's START: all that a destination may refuse."""
-    parts = [
-        section.FILE_HEADER,
-        section.encode_configuration(section.Configuration(machine=guest.machine)),
-    ]
+    parts = [section.FILE_HEADER, _configuration(guest)]
     commands: list[command.Command] = []
     if return_path:
         commands += [
@@ -44,7 +45,15 @@ def opening(guest: Guest, *, return_path: bool, postcopy: bool, preempt: bool) -
             section.RAM_START, _block_list(guest.blocks, advised=postcopy)
         )
     )
+    if isinstance(guest, StoredGuest):
+        parts.append(guest.parked.early)
     return b"".join(parts)
+
+
+def _configuration(guest: Guest) -> bytes:
+    if isinstance(guest, StoredGuest):
+        return guest.parked.configuration
+    return section.encode_configuration(section.Configuration(machine=guest.machine))
 
 
 def _block_list(blocks: Sequence[RamBlock], *, advised: bool) -> bytes:
@@ -64,14 +73,14 @@ def _block_list(blocks: Sequence[RamBlock], *, advised: bool) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class DeviceState:
-    """The FULL sections of a stopped guest, and what a description says of them."""
+    """The FULL sections of a stopped guest, and the description of the stream."""
 
     sections: bytes
-    described: tuple[vmdesc.Device, ...]
+    description: bytes
 
     def ending(self) -> bytes:
         """The end of a precopy stream: RAM's END, these, EOF, description."""
-        description = vmdesc.encode(vmdesc.describe(self.described))
+        description = vmdesc.encode(self.description)
         return RAM_END + self.sections + section.EOF + description
 
     def package(self) -> bytes:
@@ -89,6 +98,9 @@ class DeviceState:
 
 async def save_device_state(guest: Guest, run_state: str) -> DeviceState:
     """Ask the stopped guest for its state; `run_state` is what it was before."""
+    if isinstance(guest, StoredGuest):
+        description = guest.parked.vmdesc or NO_DESCRIPTION
+        return DeviceState(guest.parked.device_state, description)
     sections = b""
     described: tuple[vmdesc.Device, ...] = ()
     if (device := guest.device) is not None:
@@ -110,4 +122,4 @@ async def save_device_state(guest: Guest, run_state: str) -> DeviceState:
     )
     body = section.encode_globalstate(section.GlobalState(run_state))
     sections += section.encode_section(header, body)
-    return DeviceState(sections, (*described, vmdesc.GLOBALSTATE))
+    return DeviceState(sections, vmdesc.describe((*described, vmdesc.GLOBALSTATE)))

@@ -11,6 +11,7 @@ from common.guest.base import GuestState
 from common.guest.microvm import MicroVm, start
 from common.guest.parked import ParkedGuest
 from common.guest.parking import ParkingGuest
+from common.guest.stored import StoredGuest
 
 if TYPE_CHECKING:
     import trio
@@ -31,6 +32,13 @@ async def obtain(
     """
     if config.park:
         return ParkingGuest(config.park)
+    if config.parked:
+        return StoredGuest(
+            config.parked,
+            clone=config.clone,
+            lazy=config.lazy,
+            learns=config.working_set,
+        )
     if config.ram:
         state = GuestState.INCOMING if incoming else GuestState.RUNNING
         return ParkedGuest(config.machine or PARKED_MACHINE, config.ram, state)

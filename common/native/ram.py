@@ -30,6 +30,9 @@ class Block(Protocol):
     @property
     def fd(self) -> int: ...
 
+    @property
+    def start(self) -> int: ...
+
 
 class Ram:
     """Owns the table and its bitmaps; the descriptors stay the guest's.
@@ -67,6 +70,8 @@ def _add(native: object, block: Block) -> None:
                 block.fd,
             )
         )
+        if block.start:
+            check(lib.ram_start_at(native, block.start))
     except HostError as error:
         raise HostError(f"RAM block {block.idstr}: {error}") from None
 
