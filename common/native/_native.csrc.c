@@ -8,6 +8,7 @@
 #include "layout.h"
 #include "limit.h"
 #include "load.h"
+#include "mapped.h"
 #include "place.h"
 #include "prepare.h"
 #include "pump.h"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from types import TracebackType
 
-MAX_DESCRIPTION: Final = 1 << 20  # bytes
+MAX_DESCRIPTION: Final = 32 << 20  # bytes
 _KEPT: Final = "kept-"
 _KEPT_NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,30}", re.ASCII)
 
@@ -44,13 +44,16 @@ class Parking:
         self.blocks: list[Block] = []
         self.fds: list[int] = []
         self._description: bytes | None = None
+        self._made = False  # the directory itself
 
     @classmethod
     def create(cls, path: str | Path) -> Self:
         """A new directory, or one that is empty; HostError for any other."""
         path = Path(path)
+        made = False
         with files.named(path, "create"), suppress(FileExistsError):
             os.mkdir(path, 0o700)
+            made = True
         directory = Directory(path)
         try:
             directory.lock(fcntl.LOCK_EX, "is in use by another process")
@@ -61,7 +64,9 @@ class Parking:
         except BaseException:
             directory.close()
             raise
-        return cls(directory)
+        parking = cls(directory)
+        parking._made = made
+        return parking
 
     @classmethod
     def reopen(cls, path: str | Path) -> Self:
@@ -92,6 +97,14 @@ class Parking:
             os.close(fd)
         self.fds = []
         self._directory.close()
+
+    def discard(self) -> None:
+        """Leave the place as it was before `create`; what came is lost."""
+        with files.named(self.path, "remove"):
+            for name in os.listdir(self.path):
+                os.unlink(self.path / name)
+            if self._made:
+                os.rmdir(self.path)
 
     # -- what the stream brings, in its order
 
