@@ -182,9 +182,15 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_options(
-    program: str, description: str, kind: str, words: list[str] | None
+    program: str,
+    description: str,
+    kind: str,
+    words: list[str] | None,
+    more: Callable[[argparse._SubParsersAction[Any]], None] | None = None,
 ) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """Read the verb and, of `serve`, the options that type `kind` lists.
+
+    `more` adds verbs of this program alone.
 
     What the file behind `--config` says comes first, as if it were written on
     the command line. Usage errors end the process with status 2. With `serve`
@@ -204,6 +210,8 @@ def parse_options(
     )
     check_config = verbs.add_parser("check-config", help="say whether a file is right")
     check_config.add_argument("config", metavar="FILE")
+    if more:
+        more(verbs)
     if given[:1] != ["serve"]:
         return serve, parser.parse_args(given)
     file = _read(serve, _file_named(given), kind)
@@ -218,7 +226,7 @@ _CONFIG: Final = "options in TOML; these here win"
 
 
 def question(
-    found: argparse.Namespace, parse: Callable[[list[str]], ServeConfig | Question]
+    found: argparse.Namespace, parse: Callable[[list[str]], object]
 ) -> Question:
     """What a verb other than `serve` asks; `parse` reads the daemon's command line.
 
@@ -226,7 +234,7 @@ def question(
     """
     path: str | None = found.config
     config = parse(["serve", "--qmp=", "--config", path]) if path else None
-    assert not isinstance(config, Question)
+    assert isinstance(config, ServeConfig | None)
     return Question(about=found.verb, path=path, config=config)
 
 

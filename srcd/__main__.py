@@ -6,6 +6,7 @@ import sys
 
 from common.config import Question
 from srcd.cli import parse
+from srcd.errand import Errand
 
 
 def main() -> None:
@@ -15,6 +16,10 @@ def main() -> None:
         from common.host.check import answer
 
         sys.exit(answer(asked, incoming=False))
+    if isinstance(asked, Errand):
+        from srcd.library import run_errand
+
+        sys.exit(run_errand(asked))
     from common.service import run
     from srcd.daemon import serve
 

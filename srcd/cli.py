@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from common.config import (
     Question,
     ServeConfig,
@@ -10,13 +12,23 @@ from common.config import (
     question,
     tuning_config,
 )
+from srcd import errand
+
+if TYPE_CHECKING:
+    from srcd.errand import Errand
 
 
-def parse(arguments: list[str] | None = None) -> ServeConfig | Question:
-    """What to serve or to answer; usage errors end the process with status 2."""
+def parse(arguments: list[str] | None = None) -> ServeConfig | Question | Errand:
+    """What to serve, to answer or to do; usage errors end us with status 2."""
     serve, found = parse_options(
-        "srcd", "Move a running guest away from this host.", "SourceConfig", arguments
+        "srcd",
+        "Move a running guest away from this host.",
+        "SourceConfig",
+        arguments,
+        errand.add_verbs,
     )
+    if found.verb in errand.VERBS:
+        return errand.errand_of(found)
     if found.verb != "serve":
         return question(found, parse)
     kernel = found.kernel or _test_guest()

@@ -38,7 +38,11 @@ _OTHERS: Final = (
     (b"BZh", "is compressed: unpack it with bzip2 -d"),
     (b"\x89LZO", "is compressed: unpack it with lzop -d"),
     (b"QFI\xfb", "is a disk image; snapshots within one are not read"),
-    (b"\x7fELF", "is a core dump: it has no device state, so no VM can run from it"),
+    (
+        b"\x7fELF",
+        "is an ELF file, perhaps a core dump: those have no device state, so no VM can"
+        " run from one",
+    ),
     (
         fields.be32(c.MULTIFD_MAGIC),
         "is a channel of multifd, which is of no use without the others: save again"
