@@ -65,6 +65,17 @@ static bool may_go_along(struct source *s, const struct ram_block *b,
                           !source_leaves_out(s, NULL, b, host));
 }
 
+/* What went along would have been asked for next, perhaps. */
+static void note_page(struct source *s, const struct ram_block *b,
+                      uint64_t host)
+{
+    if (s->stored) {
+        working_set_note(
+            &s->stored->working_set,
+            working_set_page((uint64_t)(b - s->ram->blocks), host));
+    }
+}
+
 static void add_neighbours(struct source *s, struct batch *batch,
                            struct ram_block *b, uint64_t host)
 {
@@ -75,6 +86,7 @@ static void add_neighbours(struct source *s, struct batch *batch,
         if (may_go_along(s, b, h) && source_claim(b, h)) {
             source_add_host_page(s, batch, NULL, b, h);
             STATS_ADD(s->stats.neighbour_pages, 1);
+            note_page(s, b, h);
         }
     }
 }
@@ -92,6 +104,7 @@ static struct result write_urgent_locked(struct source *s, struct ram_block *b,
         batch_begin_part(batch, s->section_id);
     }
     source_add_host_page(s, batch, NULL, b, host);
+    note_page(s, b, host);
     if (own_channel && !block_is_huge(b) && comes_in_a_row(s, b, host)) {
         add_neighbours(s, batch, b, host);
     }
@@ -117,16 +130,6 @@ static bool has_ended(const struct source *s)
 static bool claim_locked(struct source *s, struct ram_block *b, uint64_t host)
 {
     return !(has_ended(s) && s->urgent == s->main) && source_claim(b, host);
-}
-
-static void note_request(struct source *s, const struct ram_block *b,
-                         uint64_t host)
-{
-    if (s->stored) {
-        working_set_note(
-            &s->stored->working_set,
-            working_set_page((uint64_t)(b - s->ram->blocks), host));
-    }
 }
 
 struct result urgent_serve(struct source *s, struct ram_block *block,
@@ -157,7 +160,6 @@ struct result urgent_serve(struct source *s, struct ram_block *block,
     if (r.kind == RESULT_CHANNEL && has_ended(s)) {
         r = result_ok();
     }
-    note_request(s, block, host);
     histogram_add(&s->stats.queue, begun_ns - asked_ns);
     histogram_add(&s->stats.send, clock_ns() - begun_ns);
     __atomic_store_n(&s->served_ns, begun_ns, __ATOMIC_RELAXED);
