@@ -496,7 +496,7 @@ class OutgoingMigration:
 
     async def _end_postcopy(self) -> None:
         self.pump.will_end()
-        await self._main.write(sections.RAM_END + section.EOF)
+        await self._main.write(sections.ram_end(self.guest) + section.EOF)
         if self._preempt and self._preempt_early:
             await self._preempt.write(sections.EOS)  # QEMU 7 waits for it
         await self.peer.shut_down()

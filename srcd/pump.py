@@ -78,6 +78,7 @@ class Pump:
         wanted = ffi.addressof(self._stored, "working_set")
         for page in first:
             lib.working_set_add_untrusted(wanted, self._ram.native, page)
+        self._native.section_id = c.PARKED_RAM_SECTION_ID
         lib.source_serve(self._native, self._stored)
 
     def leave_out_zeroes(self, yes: bool) -> None:
