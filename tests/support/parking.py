@@ -180,7 +180,12 @@ def both_complete(source: Any, destination: Any) -> None:
             side.wait_status("completed")
         else:
             found = side.wait_status("completed", "failed")
-            assert found == "completed", (side.query(), side.said)
+            other = destination if side is source else source
+            assert found == "completed", (side.query(), side.said, words_of(other))
+
+
+def words_of(side: Any) -> str:
+    return side.stderr if isinstance(side, LinuxGuest) else side.said
 
 
 def end(guest: LinuxGuest) -> None:
