@@ -3,12 +3,12 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo test lint format types unit native conformance \
-	integration test-hosts fuzz soak bench clean install uninstall
+	integration park test-hosts fuzz soak bench clean install uninstall
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
 
-setup: ## install packages, .venv, postcopyd in it, two QEMUs (root or sudo)
+setup: ## install packages, .venv, postcopyd in it, two QEMUs, a Linux guest
 	@.ci/setup
 
 build: setup ## the same: builds again what has changed
@@ -41,6 +41,9 @@ conformance: ## against QEMU and others' QMP clients
 
 integration: ## two daemons and a guest, whose memory is checked
 	@.ci/stages integration
+
+park: ## a Linux guest in QEMU is parked and served again
+	@.ci/stages park
 
 test-hosts: ## two hosts with systemd, and networks that break (root)
 	@.ci/stages hosts

@@ -70,6 +70,14 @@ class Channel:
     def received(self) -> int:
         return int(self.native.bytes_received)
 
+    def peer(self) -> str:
+        """Who is at the other end, for people."""
+        if not self.native.is_socket:
+            return "a file"
+        with socket.socket(fileno=os.dup(self.fd)) as sock:
+            name = sock.getpeername()
+        return f"{name[0]} port {name[1]}" if isinstance(name, tuple) else "this host"
+
     def hung_up(self) -> bool:
         """Whether the peer has closed its side; asks without waiting."""
         poll = select.poll()
@@ -101,6 +109,13 @@ class Channel:
         if not more:
             raise ChannelLost("the channel was shut down", channel=self.name)
         return self.read_exactly(lib.channel_buffered(self.native))
+
+    async def look(self, size: int) -> bytes:
+        """What has come, and at least `size` bytes; all of it stays to be read."""
+        if not await run_loop(lambda: lib.channel_fill(self.native, size), self.stop):
+            raise ChannelLost("the channel was shut down", channel=self.name)
+        buffered = lib.channel_buffered(self.native)
+        return bytes(ffi.buffer(self.native.buffer + self.native.start, buffered))
 
     async def decode(self, decoder: Callable[[Callable[[int], bytes]], T]) -> T:
         """Run a decoder that pulls its bytes from this channel."""

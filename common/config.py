@@ -38,7 +38,10 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuestConfig:
-    """Which guest: exactly one of `ram`, `socket` and the built-in one (neither).
+    """Which guest: one of `ram`, `socket`, `park`, `parked` and the built-in one
+    (none of them). `park` is the directory to put it into; the destination's only.
+    `parked`, the source's, is the one to serve it from: as a `clone` any number of
+    times, `lazy` while it runs already, and remembering its `working_set`.
 
     `memory` in bytes. `kernel` is the program of the built-in guest.
     """
@@ -55,6 +58,11 @@ class GuestConfig:
     append: str
     serial: str
     paused: bool
+    park: str | None = None
+    parked: str | None = None
+    clone: bool = False
+    lazy: bool = False
+    working_set: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,6 +210,8 @@ def parse_options(
 ) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """Read the verb and, of `serve`, the options that type `kind` lists.
 
+    `more` adds verbs of this program alone.
+
     What the file behind `--config` says comes first, as if it were written on
     the command line. Usage errors end the process with status 2. With `serve`
     the namespace has `file` besides, and `sockets` from the service manager.
@@ -308,9 +318,13 @@ def guest_config(
     parser: argparse.ArgumentParser, found: argparse.Namespace, *, kernel: str | None
 ) -> GuestConfig:
     """Check the guest's options against each other; a usage error ends here."""
+    park: str | None = getattr(found, "park", None)
     kinds = [found.memory is not None, bool(found.ram), found.guest is not None]
+    parked: str | None = getattr(found, "parked", None)
+    kinds += [park is not None, parked is not None]
     if sum(kinds) != 1:
-        parser.error("give one of --memory, --ram and --guest")
+        other = "--parked" if hasattr(found, "parked") else "--park"
+        parser.error(f"give one of --memory, --ram, --guest and {other}")
     if not 1 <= found.vcpus <= 8:
         parser.error("--vcpus must be 1 to 8")
     if found.serial != "stdout" and not found.serial.startswith("file:"):
@@ -328,6 +342,11 @@ def guest_config(
         append=getattr(found, "append", ""),
         serial=found.serial,
         paused=getattr(found, "paused", False),
+        park=park,
+        parked=parked,
+        clone=getattr(found, "clone", False),
+        lazy=getattr(found, "restore", None) == "lazy",
+        working_set=not getattr(found, "no_working_set", False),
     )
 
 

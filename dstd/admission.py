@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from functools import reduce
 from operator import or_
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from common.errors import HostError, StreamError
+from common.guest.parking import ParkingGuest
 from common.stream import constants as c
-from common.stream import section
+from common.stream import fields, foreign, section
 from dstd.host import memory_problem
 
 if TYPE_CHECKING:
@@ -20,12 +21,21 @@ if TYPE_CHECKING:
 
     from common.guest.base import Guest
     from common.settings import Settings
-    from common.stream import fields
     from dstd.fault import Memory
 
 
+_MULTIFD: Final = (
+    "the source has capability multifd on, which this destination lacks; switch it"
+    " off there"
+)
+
+
 class Admission:
-    """Compares what the source announces with this guest, these settings, this host."""
+    """Compares what the source announces with this guest, these settings, this host.
+
+    A guest that is parked is whatever the source says, if there is room for it.
+    `configuration` is what the stream began with, behind its header.
+    """
 
     def __init__(
         self, guest: Guest, settings: Settings, memory: Memory, *, overcommit: bool
@@ -34,6 +44,8 @@ class Admission:
         self._settings = settings
         self._memory = memory
         self._overcommit = overcommit
+        self._parking = guest if isinstance(guest, ParkingGuest) else None
+        self.configuration = b""
         self._postponed: HostError | None = None
 
     def head_untrusted(self, read: fields.Read) -> int:
@@ -42,8 +54,18 @@ class Admission:
         A machine that is not ours is refused by `settle`, a moment later, when we
         know whether the source can be told why.
         """
-        section.read_file_header_untrusted(read)
-        configuration, kind = section.read_configuration_untrusted(read)
+        taken = bytearray()
+
+        def keeping(size: int) -> bytes:
+            piece = read(size)
+            taken.extend(piece)
+            return piece
+
+        _file_header_untrusted(read)
+        configuration, kind = section.read_configuration_untrusted(keeping)
+        self.configuration = bytes(taken[:-1])
+        if self._parking:
+            self._parking.machine = configuration.machine
         ours = self._guest.machine
         if configuration.machine != ours:
             self._postponed = HostError(
@@ -76,6 +98,9 @@ class Admission:
         """Postcopy may follow: can this host do it, and do the pages match?"""
         if problem := self.postcopy_problem():
             raise HostError(f"the source wants postcopy: {problem}")
+        if self._parking:
+            fields.expect("target page size", c.TARGET_PAGE_SIZE, target_page)
+            return
         if not self._settings.on("postcopy-ram"):
             raise HostError(
                 "the source wants postcopy and capability postcopy-ram is off here;"
@@ -91,7 +116,7 @@ class Admission:
     def check_preempt(self, *, at_source: bool) -> None:
         """Both sides or neither: srcd says early whether it will open the channel."""
         here = self._settings.on("postcopy-preempt")
-        if here != at_source:
+        if here != at_source and not self._parking:
             words = {True: "on", False: "off"}
             raise HostError(
                 f"postcopy-preempt is {words[at_source]} at the source and"
@@ -114,6 +139,8 @@ class Admission:
     def block_list_untrusted(
         self, read: fields.Read, *, advised: bool
     ) -> tuple[section.BlockEntry, ...]:
+        if self._parking:
+            return _foreign_blocks_untrusted(read, advised=advised)
         ours = {block.idstr: block.page_size for block in self._guest.blocks}
 
         def page_size_of(idstr: str) -> int:
@@ -125,6 +152,8 @@ class Admission:
 
     def check_blocks(self, theirs: Sequence[section.BlockEntry]) -> None:
         """Every block must be ours, name by name and byte by byte, and fit."""
+        if self._parking:
+            return self._check_room(self._parking, theirs)
         ours = {block.idstr: block.length for block in self._guest.blocks}
         for block in theirs:
             if block.idstr not in ours:
@@ -144,3 +173,36 @@ class Admission:
             )
         if not self._overcommit and (problem := memory_problem(self._guest.blocks)):
             raise HostError(problem)
+
+    def _check_room(
+        self, guest: ParkingGuest, theirs: Sequence[section.BlockEntry]
+    ) -> None:
+        needed = sum(block.length for block in theirs)
+        room = guest.room()
+        if room is not None and needed > room and not self._overcommit:
+            raise HostError(
+                f"the guest has {needed >> 20} MiB of RAM and {guest.directory} has"
+                f" room for {room >> 20} MiB; make room on that file system, or start"
+                " dstd with --overcommit if most of it is empty"
+            )
+
+
+def _file_header_untrusted(read: fields.Read) -> None:
+    try:
+        section.read_file_header_untrusted(read)
+    except StreamError as error:
+        if error.got == c.MULTIFD_MAGIC:
+            raise HostError(_MULTIFD) from None
+        raise
+
+
+def _foreign_blocks_untrusted(
+    read: fields.Read, *, advised: bool
+) -> tuple[section.BlockEntry, ...]:
+    try:
+        return foreign.read_ram_setup_untrusted(read, advised=advised)
+    except StreamError as error:
+        # In front of the list's end there is only this, and only with multifd.
+        if error.got == c.RAM_SAVE_FLAG_MULTIFD_FLUSH:
+            raise HostError(_MULTIFD) from None
+        raise

@@ -10,6 +10,7 @@ from common.dirty_rate import DirtyRate
 from common.errors import GuestError, HostError
 from common.guest.base import GuestState
 from common.guest.keeping import Keeping
+from common.guest.parking import ParkingGuest
 from common.qmp.session import CommandError
 from common.status import MigrationStatus as M
 from dstd.incoming import IncomingMigration
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from common import address
     from common.config import ServeConfig
+    from common.guest.base import Guest
     from common.guest.journal import Journal
     from common.monitor import Monitor
     from common.qmp.message import Json
@@ -34,7 +36,7 @@ log = logging.getLogger(__name__)
 ARRIVING: Final = frozenset(M) - {M.NONE, M.SETUP, M.COMPLETED, M.FAILED}
 POSTCOPY: Final = frozenset({M.POSTCOPY_ACTIVE, M.POSTCOPY_PAUSED, M.POSTCOPY_RECOVER})
 PAUSABLE: Final = frozenset({M.POSTCOPY_ACTIVE, M.POSTCOPY_RECOVER})
-ARRIVED: Final = frozenset({"running", "paused"})
+ARRIVED: Final = frozenset({"running", "paused", "postmigrate"})
 
 
 class DestinationCommands:
@@ -125,6 +127,7 @@ class DestinationCommands:
         guest = self._monitor.guest
         journal = new_journal(guest, self._keeping)
         if (content := journal.find()) is None:
+            _forget_parts(guest)
             return False
         journal.record = record_of_untrusted(content)
         if journal.record.source_has_it:
@@ -145,6 +148,7 @@ class DestinationCommands:
         """The source has its guest: what came of it is of no use."""
         guest = self._monitor.guest
         await journal.end()
+        _forget_parts(guest)
         if guest.state is not GuestState.INCOMING:
             await guest.quit()
             raise HostError(
@@ -277,3 +281,9 @@ async def _checked(change: Callable[[], Awaitable[None]]) -> None:
         await change()
     except GuestError as error:
         raise CommandError(str(error)) from None
+
+
+def _forget_parts(guest: Guest) -> None:
+    """What came of a VM that is the source's still is of no use."""
+    if isinstance(guest, ParkingGuest) and guest.blocks:
+        guest.start_anew()

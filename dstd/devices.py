@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from common.errors import StreamError
 from common.guest.base import Device
 from common.stream import constants as c
-from common.stream import fields, section
+from common.stream import fields, foreign, section
 
 if TYPE_CHECKING:
     from common.guest.base import Guest
@@ -18,18 +18,24 @@ if TYPE_CHECKING:
 class Devices:
     """What the sections besides RAM said.
 
-    `running` is the source's run state: whether the guest is to run here.
+    `running` is the source's run state: whether the guest is to run here, or
+    wherever it is once it was parked.
     """
 
     def __init__(self, guest: Guest) -> None:
         self._guest = guest
+        self.early = b""
+        """Sections in front of RAM's first part, as they came."""
+        self.sections = b""
+        """Those behind RAM, as they came; if `opaque`."""
+        self.description: bytes | None = None
         self._device: Device | None = None
         self._state = b""
         self.running = True
 
     @property
     def opaque(self) -> bool:
-        """A guest without CPUs takes any device's state, and keeps none of it."""
+        """A guest without CPUs takes any device's state, as bytes."""
         return self._guest.device is None and not self._guest.vcpus
 
     def full_untrusted(self, read: fields.Read) -> None:
@@ -54,6 +60,7 @@ class Devices:
     def package_untrusted(self, package: Package) -> None:
         """The FULL sections of a package."""
         if self.opaque:
+            self._keep(package.sections)
             return
         read = fields.over(package.sections)
         while read.offset < len(package.sections):
@@ -63,10 +70,18 @@ class Devices:
             self.full_untrusted(read)
 
     def ending_untrusted(self, ending: Ending) -> None:
-        """Sections that a description has told apart."""
+        """Sections that nobody here can read, and what told their lengths."""
+        self._keep(ending.area)
+        self.description = ending.text
         for found in ending.sections:
             if found.header.name == c.GLOBALSTATE_SECTION:
                 self._run_state_untrusted(fields.over(found.body))
+
+    def _keep(self, sections: bytes) -> None:
+        self.sections = sections
+        state = foreign.run_state_untrusted(sections)
+        # QEMU runs a guest whose stream does not say.
+        self.running = state in (None, "running")
 
     def _run_state_untrusted(self, read: fields.Read) -> None:
         state = section.read_globalstate_untrusted(read)

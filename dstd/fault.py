@@ -57,12 +57,13 @@ class Memory:
 
     def __init__(self, guest: Guest, way: int, left: int | None = None) -> None:
         self._ram = Ram(guest.blocks)
+        self.kept = -1
         self._native = ffi.new("struct destination *")
         vcpus = ffi.new("uint32_t[]", list(guest.vcpus))
         uffd = -1 if guest.userfaultfd is None else guest.userfaultfd
         try:
-            self.kept = self._open_kept(guest, left)
-            check(lib.ram_prepare_destination(self._ram.native, self.kept))
+            if guest.blocks:
+                self._note_in(guest, left)
             check(
                 lib.destination_open(
                     self._native, self._ram.native, way, uffd, vcpus, len(guest.vcpus)
@@ -77,13 +78,20 @@ class Memory:
         self.way = way
         self._channel: CData = None
 
-    def _open_kept(self, guest: Guest, left: int | None) -> int:
-        """The file in which we note it: it can be kept over our death."""
+    def adopt(self, guest: Guest) -> None:
+        """The guest's blocks are known now; there were none."""
+        self._ram.open(guest.blocks)
+        self._note_in(guest, None)
+
+    def _note_in(self, guest: Guest, left: int | None) -> None:
+        """What is here is noted in a file that can be kept over our death."""
         length = int(lib.ram_kept_length(self._ram.native))
         if left is None:
-            return guest.make_kept(RECEIVED, length)
-        check_kept(left, length)
-        return os.dup(left)
+            self.kept = guest.make_kept(RECEIVED, length)
+        else:
+            check_kept(left, length)
+            self.kept = os.dup(left)
+        check(lib.ram_prepare_destination(self._ram.native, self.kept))
 
     @property
     def way_name(self) -> str:
@@ -251,7 +259,8 @@ class Memory:
         """No loop may run any more."""
         lib.destination_close(self._native)
         self._ram.close()
-        os.close(self.kept)
+        if self.kept >= 0:
+            os.close(self.kept)
         self._stop.close()
         self._sweep_stop.close()
         self._prepare_stop.close()
@@ -285,6 +294,11 @@ class Loader:
     @property
     def discards(self) -> int:
         return int(self._native.discards)
+
+    @property
+    def begun(self) -> bool:
+        """The RAM section's first part has been read."""
+        return bool(self._native.begun)
 
     @property
     def ended(self) -> bool:

@@ -32,6 +32,7 @@ from common.errors import (
 )
 from common.guest.base import GuestState
 from common.guest.keeping import Keeping
+from common.guest.parking import ParkingGuest
 from common.status import MigrationStatus as M
 from common.status import PostcopyState as P
 from common.stream import command, fields, returnpath, section, vmdesc
@@ -40,7 +41,7 @@ from common.stream.package import Package, split_package_untrusted
 from common.tuning import USUAL, Tuning, processors_awake
 from dstd.admission import Admission
 from dstd.devices import Devices
-from dstd.ending import receive_ending_untrusted
+from dstd.ending import receive_early_untrusted, receive_ending_untrusted
 from dstd.fault import Loader, Memory, choose_way
 from dstd.peer import Peer
 from dstd.record import (
@@ -74,6 +75,8 @@ LAST_PAGES_SECONDS: Final = 30.0
 FAULTS_AGAIN_SECONDS: Final = 1.0
 # When no connection could be accepted, likewise.
 LISTEN_AGAIN_SECONDS: Final = 1.0
+# When what has come could not be parked, likewise.
+PARK_AGAIN_SECONDS: Final = 5.0
 
 
 class Connection:
@@ -142,6 +145,7 @@ class IncomingMigration:
         self.memory = Memory(guest, choose_way(guest, copy=copy), left)
         self.admission = Admission(guest, settings, self.memory, overcommit=overcommit)
         self._devices = Devices(guest)
+        self._parking = guest if isinstance(guest, ParkingGuest) else None
         self._tuning = tuning
         self._emit = emit
         self._run_state = run_state
@@ -240,13 +244,13 @@ class IncomingMigration:
         await self._listen_again(record)
 
     async def _take_up_postcopy(self, record: Record) -> None:
-        if record.phase is Phase.PACKAGED:
+        if record.phase is Phase.PACKAGED or self._parking:
             package = split_package_untrusted(kept_package(self._journal.keeping))
             self._devices.package_untrusted(package)
         self.postcopy.set(P.ADVISE)
         self.postcopy.set(P.LISTENING)
         if record.phase is Phase.RUNNING or self.guest.state is GuestState.RUNNING:
-            if self.guest.state is GuestState.INCOMING:
+            if self.guest.state is GuestState.INCOMING and not self._parking:
                 await self.guest.cont()
             self._show_run_state()
             self.postcopy.set(P.RUNNING)
@@ -330,7 +334,7 @@ class IncomingMigration:
         assert self._listener is not None
         while self._listener.many:
             channel = await self._listener.accept("preempt", link.main.stop)
-            if self.settings.on("postcopy-preempt") and link.preempt is None:
+            if self._preempt_expected and link.preempt is None:
                 link.preempt = channel
                 link.preempt_came.set()
             else:
@@ -392,6 +396,9 @@ class IncomingMigration:
             lambda read: section.read_footer_untrusted(read, start.section_id)
         )
         self.admission.check_blocks(blocks)
+        if self._parking:
+            self._parking.adopt(self.admission.configuration, blocks, advised=advised)
+            self.memory.adopt(self.guest)
         # Not before: a source that is refused must not cost us what we hold.
         await trio.to_thread.run_sync(self.memory.empty)
         link.loader.begin(start.section_id)
@@ -429,10 +436,20 @@ class IncomingMigration:
                         await self._command(link, found)
                     else:
                         await self._command(link, found)
+                case c.QEMU_VM_SECTION_FULL if self._parking and not link.loader.begun:
+                    self._devices.early += await receive_early_untrusted(
+                        link.main, bytes([kind]), link.loader.section_id
+                    )
+                    self._parking.set_early(self._devices.early)
+                case c.QEMU_VM_SECTION_START:
+                    await self._refuse_start(link)
+                # A background snapshot has no END.
                 case c.QEMU_VM_SECTION_FULL if self._devices.opaque and (
-                    link.loader.ended
+                    link.loader.ended or self._parking
                 ):
-                    ending = await receive_ending_untrusted(link.main, bytes([kind]))
+                    ending = await receive_ending_untrusted(
+                        link.main, bytes([kind]), self._devices.early
+                    )
                     self._devices.ending_untrusted(ending)
                     return await self._arrive(link)
                 case c.QEMU_VM_SECTION_FULL if self.postcopy.now is not P.RUNNING:
@@ -441,6 +458,16 @@ class IncomingMigration:
                     return await self._end(link)
                 case _:
                     raise StreamError("unexpected section type", got=kind)
+
+    async def _refuse_start(self, link: Connection) -> None:
+        self.admission.check_start(
+            await link.main.decode(
+                lambda read: section.read_header_untrusted(
+                    read, c.QEMU_VM_SECTION_START
+                )
+            )
+        )
+        raise StreamError("RAM is started a second time")
 
     async def _end(self, link: Connection) -> None:
         if not link.loader.ended:
@@ -472,6 +499,8 @@ class IncomingMigration:
     async def _arrive(self, link: Connection) -> None:
         """All is here: load the device state, take the guest over, run it."""
         await self._devices.load()
+        if self._parking:
+            await self._park(self._parking)
         self._journal.write(phase=Phase.ARRIVED)
         if link.peer.is_srcd:
             await link.peer.say(returnpath.Pong(c.PING_LOADED))
@@ -483,6 +512,8 @@ class IncomingMigration:
         await self._complete(link)
 
     async def _start_guest(self, run: bool) -> None:
+        if self._parking:
+            return
         if run:
             await self.guest.cont()
             self._run_state("running")
@@ -514,13 +545,15 @@ class IncomingMigration:
         self.postcopy.set(P.LISTENING)
         self.status.set(M.POSTCOPY_ACTIVE)
         self._standing.start_soon(self._answer_faults)
-        if link.preempt:
-            nursery.start_soon(self._load_urgent, link.preempt)
+        nursery.start_soon(self._load_urgent, link)
         nursery.start_soon(self._run_package, link.peer, package, nursery)
 
     async def _keep_package(self, peer: Peer, blob: bytes) -> None:
-        """A QEMU has given its guest up with it, srcd waits until it is loaded."""
-        if not peer.is_srcd:
+        """A QEMU has given its guest up with it, srcd waits until it is loaded.
+
+        What is parked needs it at the end.
+        """
+        if self._parking or not peer.is_srcd:
             keeping = self._journal.keeping
             fd = keeping.make(PACKAGE, len(blob))
             try:
@@ -582,9 +615,16 @@ class IncomingMigration:
                 self._journal.write(phase=Phase.RUNNING)
                 self._running.set()
 
-    async def _load_urgent(self, channel: Channel) -> None:
+    @property
+    def _preempt_expected(self) -> bool:
+        """What is parked comes as its source likes it."""
+        return self.settings.on("postcopy-preempt") or self._parking is not None
+
+    async def _load_urgent(self, link: Connection) -> None:
         """The preempt channel; its end is an error only while pages are missing."""
-        loader = Loader(self.memory, channel, preempt=True)
+        await link.preempt_came.wait()
+        assert link.preempt
+        loader = Loader(self.memory, link.preempt, preempt=True)
         try:
             await loader.urgent_pages()
         except ChannelLost:
@@ -600,6 +640,8 @@ class IncomingMigration:
         await self._last_pages(link)
         await self._running.wait()
         self.memory.finish()
+        if self._parking:
+            await self._park_surely(self._parking)
         self._journal.write(phase=Phase.COMPLETE)
         self.postcopy.set(P.END)
         if link.preempt:
@@ -664,8 +706,7 @@ class IncomingMigration:
         link.stack.enter_context(processors_awake(self._tuning.awake))
         self.memory.connect(link.main)
         await self.memory.ask_again(link.main)
-        if link.preempt:
-            nursery.start_soon(self._load_urgent, link.preempt)
+        nursery.start_soon(self._load_urgent, link)
         nursery.start_soon(self._go_on, nursery)
         await self._sections(link, nursery)
 
@@ -708,6 +749,33 @@ class IncomingMigration:
                 await self._done(link)
                 return
             await self._command(link, await link.peer.command())
+
+    # -- parking
+
+    async def _park(self, guest: ParkingGuest) -> None:
+        """All has come: make it a parked VM, before the source lets it go."""
+        devices = self._devices
+        await guest.commit(
+            devices.sections,
+            devices.description,
+            "running" if devices.running else "paused",
+            f"migration from {self._link.main.peer() if self._link else '?'}",
+        )
+        self._run_state("postmigrate")
+
+    async def _park_surely(self, guest: ParkingGuest) -> None:
+        """Likewise, when the source may have given it up: until it succeeds.
+
+        Its connection stays open meanwhile. A QEMU that loses it behind its EOF
+        would run its guest again.
+        """
+        while True:
+            try:
+                return await self._park(guest)
+            except HostError as error:
+                log.error("the guest is not parked yet: %s", error)
+                self.error = HostError(f"not parked yet, trying again: {error}")
+            await trio.sleep(PARK_AGAIN_SECONDS)
 
     # -- the ends
 

@@ -6,6 +6,7 @@ import sys
 
 from common.config import Proxy, Question
 from srcd.cli import parse
+from srcd.errand import Errand
 from srcd.recover import RecoverOrder, recover
 
 
@@ -22,6 +23,10 @@ def main() -> None:
         sys.exit(join(asked.socket))
     if isinstance(asked, RecoverOrder):
         sys.exit(recover(asked))
+    if isinstance(asked, Errand):
+        from srcd.library import run_errand
+
+        sys.exit(run_errand(asked))
     from common.service import run
     from srcd.daemon import serve
 

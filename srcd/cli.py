@@ -14,6 +14,7 @@ from common.config import (
     question,
     tuning_config,
 )
+from srcd import errand
 from srcd.ends import Place
 from srcd.recover import RecoverOrder, parse_target
 
@@ -21,14 +22,15 @@ if TYPE_CHECKING:
     import argparse
 
     from common.config import Verbs
+    from srcd.errand import Errand
 
 RECOVER_SECONDS: Final = 60.0
 
 
 def parse(
     arguments: list[str] | None = None,
-) -> ServeConfig | Question | Proxy | RecoverOrder:
-    """What to serve or to answer; usage errors end the process with status 2."""
+) -> ServeConfig | Question | Proxy | RecoverOrder | Errand:
+    """What to serve, to answer or to do; usage errors end us with status 2."""
     serve, found = parse_options(
         "srcd",
         "Move a running guest away from this host.",
@@ -38,6 +40,8 @@ def parse(
     )
     if found.verb == "recover":
         return _recover_order(found)
+    if found.verb in errand.VERBS:
+        return errand.errand_of(found)
     if found.verb != "serve":
         return question(found, parse)
     kernel = found.kernel or _test_guest()

@@ -12,6 +12,7 @@ from common import address, status
 from common.dirty_rate import DirtyRate
 from common.errors import MigrationError
 from common.guest.keeping import Keeping
+from common.guest.stored import StoredGuest
 from common.qmp.session import CommandError
 from common.status import MigrationStatus as M
 from common.tuning import USUAL, Tuning
@@ -24,6 +25,7 @@ from srcd.written import Written
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
+    from common.guest.base import Guest
     from common.guest.journal import Journal
     from common.monitor import Monitor
     from common.qmp.message import Json
@@ -128,11 +130,15 @@ class SourceCommands:
         guest = self._monitor.guest
         journal = new_journal(guest, self._keeping)
         if (content := journal.find()) is None:
+            _check_elsewhere(guest)
             return
         record = journal.record = record_of_untrusted(content)
         if record.guest_is_here:
             await self._keep_guest(record, journal)
+            _check_elsewhere(guest)
             return
+        if isinstance(guest, StoredGuest):
+            guest.comes_back = True
         self._monitor.settings.restore_untrusted(record.settings)
         log.warning(
             "taking up what the daemon before this one has left: %s", record.phase
@@ -305,3 +311,9 @@ class SourceCommands:
             return {}
         recovery = self._recovery.figures()
         return migration_info(self._migration, time.monotonic(), recovery)
+
+
+def _check_elsewhere(guest: Guest) -> None:
+    """A parked VM that runs elsewhere is not served a second time."""
+    if isinstance(guest, StoredGuest):
+        guest.check_elsewhere()

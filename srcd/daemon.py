@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from common.guest.obtain import obtain
+from common.guest.stored import StoredGuest
 from common.monitor import Monitor, guest_runs
 from common.service import responsible_for, serve_monitor
 from srcd.commands import SourceCommands
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from common.config import ServeConfig
+    from common.qmp.message import Json
+
+# A VM that runs before its RAM is there is in postcopy from the first page on.
+POSTCOPY: Final[Mapping[str, Json]] = {"capability": "postcopy-ram", "state": True}
 
 
 async def serve(
@@ -28,6 +35,8 @@ async def serve(
         monitor = Monitor(guest, config.guest.name, guest_runs(guest))
         async with responsible_for(guest, config, monitor):
             monitor.settings.set_parameters(config.parameters)
+            if isinstance(guest, StoredGuest) and guest.lazy:
+                monitor.settings.set_capabilities([POSTCOPY])
             commands = SourceCommands(
                 monitor,
                 nursery,

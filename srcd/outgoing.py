@@ -17,11 +17,13 @@ from __future__ import annotations
 import logging
 import time
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from common import address as address_of
+from common.address import takes_many
 from common.channel import Channel, connect
 from common.errors import ChannelLost, GuestError, MigrationError, cause_of
 from common.guest.base import GuestState
@@ -30,7 +32,7 @@ from common.status import MigrationStatus as M
 from common.stream import command, section
 from common.stream import constants as c
 from common.tuning import USUAL, Tuning, processors_awake
-from srcd import sections
+from srcd import parked, preempt, sections
 from srcd.account import Sent, Times
 from srcd.convergence import Convergence
 from srcd.peer import Peer
@@ -96,6 +98,7 @@ class OutgoingMigration:
         self.pump = Pump(guest.blocks)
         self.tracking = Tracking(guest, self.pump.ram, allowed=track)
         self.peer = Peer()
+        self.parked = parked.Serving.of(guest, self.pump)
         self._preempt_early = preempt_early
         self._tuning = tuning
         self._emit = emit
@@ -106,7 +109,8 @@ class OutgoingMigration:
         self._return_path = False
         self._owner = Owner.SOURCE
         self._was_running = False  # when it was stopped for the switchover
-        self._postcopy_asked = False
+        # A parked VM may run at once, and needs no precopy then.
+        self._postcopy_asked = self.parked is not None and self.parked.lazy
         self._prepares = False  # dstd allocates memory ahead
         self._cancel_asked = False
         self._why_paused: ChannelLost | None = None
@@ -213,6 +217,9 @@ class OutgoingMigration:
         self._was_running = record.was_running
         self.address = address_of.of_json_untrusted(record.address)
         self.peer.is_dstd = record.is_dstd
+        self._preempt_early = record.preempt_early
+        if self.parked:
+            self.parked.preempt = record.preempt
         self.opened.set()
         # What there was before is not known any more.
         now = time.monotonic()
@@ -242,6 +249,7 @@ class OutgoingMigration:
 
         Paused, it waits for the order to resume; after `take_up` that is all.
         """
+        self._where = str(address)
         try:
             if address:
                 self.address = address
@@ -299,7 +307,10 @@ class OutgoingMigration:
                         await self.peer.silent.wait()
                 raise
         self._journal.write(phase=Phase.COMPLETED)
-        self._run_state("postmigrate")
+        if self.parked:
+            await self.parked.completed()
+            await self._journal.end()
+        self._run_state(self.parked.state_after if self.parked else "postmigrate")
         self._end(M.COMPLETED)
 
     async def _phases(self, address: Address) -> None:
@@ -310,7 +321,7 @@ class OutgoingMigration:
         async with trio.open_nursery() as nursery:
             # Its RAM outlives the guest's process, but nothing else of it does.
             nursery.start_soon(self.guest.wait_gone)
-            await self._set_up()
+            await self._set_up(address)
             converged = await self._precopy()
             nursery.cancel_scope.cancel()
         if converged:
@@ -320,7 +331,7 @@ class OutgoingMigration:
 
     # -- set-up
 
-    async def _set_up(self) -> None:
+    async def _set_up(self, address: Address) -> None:
         """Everything that the destination can refuse before the guest stops."""
         opening = sections.opening(
             self.guest,
@@ -329,14 +340,19 @@ class OutgoingMigration:
             preempt=self.settings.on("postcopy-preempt"),
         )
         await self._main.write(opening)
-        if self._return_path:
-            await self.peer.caught_up(self._main)
+        if self._finds_preempt(address):
+            await preempt.answered_or(partial(self._try_early, address), self._answer)
+        elif self._return_path:
+            await self._answer()
         self.tracking.start()
         if self.peer.is_dstd:
             await self._tell_layout()
         self.times.active = time.monotonic()
         self._next_pass()
         self.status.set(M.ACTIVE)
+
+    async def _answer(self) -> None:
+        await self.peer.caught_up(self._main)
 
     async def _tell_layout(self) -> None:
         layout, self._prepares = await self.pump.layout()
@@ -427,20 +443,31 @@ class OutgoingMigration:
         else:
             if self.peer.is_dstd:
                 await self.peer.pong(c.PING_LOADED)
-                self._give_up()
+                await self._give_away()
                 await self._commit()
             await self.peer.shut_down()
+            await self._give_away()
         self._handed_over()
 
     def _packaged(self, *, postcopy: bool) -> None:
         """From here on a QEMU may run the guest."""
         self._owner = Owner.PACKAGED
-        self._journal.write(phase=Phase.PACKAGED, postcopy=postcopy)
+        self._journal.write(
+            phase=Phase.PACKAGED,
+            postcopy=postcopy,
+            preempt=self._preempt is not None,
+            preempt_early=self._preempt_early,
+        )
 
-    def _give_up(self) -> None:
-        """The guest is the destination's, and this daemon's death changes nothing."""
+    async def _give_away(self) -> None:
+        """The guest is the destination's, and this daemon's death changes nothing.
+
+        A parked one is marked so.
+        """
         self._owner = Owner.DESTINATION
         self._journal.write(phase=Phase.GONE)
+        if self.parked:
+            await self.parked.mark_running(self._where)
 
     async def _commit(self) -> None:
         """The guest is given up for good: dstd runs it only when it has read this."""
@@ -456,7 +483,9 @@ class OutgoingMigration:
     # -- postcopy
 
     async def _postcopy(self, address: Address) -> None:
-        if not self._preempt_early:
+        if self._finds_preempt(address):
+            await self._find_preempt(address)
+        elif not self._preempt_early:
             # Not before a PONG: else the destination may take it for main.
             await self._connect_preempt(address)
         if self._prepares:
@@ -476,7 +505,7 @@ class OutgoingMigration:
     async def _loaded(self) -> None:
         """From the destination's word on that it can run the guest, it is its."""
         await self.peer.pong(c.PING_LOADED)
-        self._give_up()
+        await self._give_away()
         self.status.set(M.POSTCOPY_ACTIVE)
         if self.peer.is_dstd:
             await self._commit()
@@ -494,8 +523,36 @@ class OutgoingMigration:
         )
 
     async def _connect_preempt(self, address: Address) -> None:
-        if self.settings.on("postcopy-preempt"):
+        if self.parked.preempt if self.parked else self._preempt_is_on:
             self._preempt = await self._connect(address, "preempt", self._main.stop)
+
+    @property
+    def _preempt_is_on(self) -> bool:
+        return self.settings.on("postcopy-preempt")
+
+    # -- a parked VM: whether there is a preempt channel is found out
+
+    def _finds_preempt(self, address: Address) -> bool:
+        return self.parked is not None and self._advises and takes_many(address)
+
+    async def _try_early(self, address: Address) -> None:
+        """Nothing is heard: it may be QEMU 7, which waits for both."""
+        self._preempt = await self._connect(address, "preempt", self._main.stop)
+        self._preempt_early = True
+
+    async def _find_preempt(self, address: Address) -> None:
+        assert self.parked is not None
+        if self.peer.is_dstd:
+            self.parked.preempt = self._preempt_is_on
+            await self._connect_preempt(address)
+            return
+        if self._preempt is None:
+            self._preempt = await self._connect(address, "preempt", self._main.stop)
+        self.parked.preempt = await preempt.stays_open(self._preempt, self._answer)
+        if not self.parked.preempt:
+            self._preempt.close()
+            self._preempt, self._preempt_early = None, False
+        log.info("preempt channel: %s", "yes" if self.parked.preempt else "no")
 
     def _check_preempt(self) -> None:
         """A destination that has the capability off has closed it by now."""
@@ -509,6 +566,9 @@ class OutgoingMigration:
     async def _send_package(self) -> None:
         self.pump.connect(self._main, self._preempt)
         self.pump.owe_dirty()
+        # dstd counts pages, and QEMU 7 waits for the last ones it asked for.
+        counts = self.peer.is_dstd or (self._preempt and self._preempt_early)
+        self.pump.leave_out_zeroes(not counts)
         await self.pump.discards()
         self.times.mark("discard")
         state = await self._save()
@@ -519,7 +579,7 @@ class OutgoingMigration:
 
     async def _end_postcopy(self) -> None:
         self.pump.will_end()
-        await self._main.write(sections.RAM_END + section.EOF)
+        await self._main.write(sections.ram_end(self.guest) + section.EOF)
         if self._preempt and self._preempt_early:
             await self._preempt.write(sections.EOS)  # QEMU 7 waits for it
         await self.peer.shut_down()
@@ -569,6 +629,10 @@ class OutgoingMigration:
     async def _failed(self, error: MigrationError) -> None:
         log.warning("migration failed: %s", error)
         self.error, self._why_paused = self._why_paused or error, None
+        if self._may_run_there(error):
+            await self._give_away()
+            if self._wants_postcopy:
+                self.status.set(M.POSTCOPY_ACTIVE)  # it may be, and can be resumed
         if self.status.may(M.POSTCOPY_PAUSED):
             self._disconnect()
             self.status.set(M.POSTCOPY_PAUSED)
@@ -584,6 +648,11 @@ class OutgoingMigration:
             await self._journal.end()
         # migrate_cancel may have come while the guest was taken back.
         self._end(M.CANCELLED if self._cancel_asked else M.FAILED)
+
+    def _may_run_there(self, error: MigrationError) -> bool:
+        """A QEMU has a parked VM, and its answer, if there was one, is lost."""
+        in_doubt = self._owner is Owner.PACKAGED and not self.cancellable
+        return in_doubt and self.parked is not None and parked.may_run(error)
 
     async def _cancelled(self) -> None:
         await self._take_guest_back()

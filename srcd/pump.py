@@ -46,6 +46,9 @@ class Pump:
         self._main: Channel | None = None
         self._keep: tuple[CData, ...] = ()
         self._owing = False
+        self._stored: CData | None = None
+        self._checksums: CData | None = None
+        self._verified = 0
         self._closed = False
 
     @property
@@ -56,6 +59,62 @@ class Pump:
     def stats(self) -> CData:
         """Counters; they stay when the pump is closed."""
         return self._native.stats
+
+    # -- stored RAM
+
+    def serve_stored(self, checksums: bytes, first: Sequence[int]) -> None:
+        """The RAM comes from a store; before any loop runs.
+
+        `checksums` of all blocks as they are in memory, `first` the pages to be
+        sent first, see csrc/working_set.h.
+        """
+        self._stored = ffi.new("struct stored *")
+        self._checksums = ffi.from_buffer("uint32_t[]", checksums)
+        try:
+            check(lib.stored_open(self._stored, self._ram.native, self._checksums))
+        except HostError:
+            self.close()
+            raise
+        wanted = ffi.addressof(self._stored, "working_set")
+        for page in first:
+            lib.working_set_add_untrusted(wanted, self._ram.native, page)
+        self._native.section_id = c.PARKED_RAM_SECTION_ID
+        lib.source_serve(self._native, self._stored)
+
+    def leave_out_zeroes(self, yes: bool) -> None:
+        """Stored pages of zeroes are sent in postcopy only if they are asked for."""
+        if self._stored is not None:
+            self._stored.leave_out_zeroes = yes
+
+    @property
+    def asked(self) -> Sequence[int]:
+        """Stored pages that were asked for, in that order; not once closed."""
+        if self._stored is None:
+            return ()
+        found = self._stored.working_set
+        asked: Sequence[int] = ffi.unpack(found.asked, found.asked_count)
+        return asked
+
+    @property
+    def verified_regions(self) -> int:
+        """Regions of stored RAM that were compared with their checksums."""
+        if self._stored is not None and not self._closed:
+            self._verified = int(lib.stored_verified(self._stored))
+        return self._verified
+
+    def _explained(self, error: HostError) -> HostError:
+        """Where stored RAM is not what it was."""
+        block, offset = ffi.new("uint32_t *"), ffi.new("uint64_t *")
+        if self._stored is None or not lib.stored_damage(self._stored, block, offset):
+            return error
+        name = _name(self._blocks()[block[0]])
+        return HostError(
+            f"RAM block {name}, offset {offset[0]:#x}: {error.message}; restore the"
+            " parked VM from a copy",
+            errno=error.errno,
+        )
+
+    # -- the loops
 
     @property
     def window_bytes(self) -> int:
@@ -169,23 +228,26 @@ class Pump:
     async def message(self) -> tuple[int, bytes] | None:
         """The next return path message that is no page request; None: stopped."""
         message = ffi.new("struct rp_message *")
-        assert self._main is not None
-        if not await run_loop(
-            lambda: lib.rpath_run(self._native, message), self._main.stop
-        ):
+        if not await self._run(lambda source: lib.rpath_run(source, message)):
             return None
         payload = bytes(ffi.buffer(message.payload, message.length))
         return message.type, payload
 
-    async def _run(self, loop: CData) -> bool:
+    async def _run(self, loop: Callable[[CData], CData]) -> bool:
         assert self._main is not None
-        return await run_loop(lambda: loop(self._native), self._main.stop)
+        try:
+            return await run_loop(lambda: loop(self._native), self._main.stop)
+        except HostError as error:
+            raise self._explained(error) from None
 
     def close(self) -> None:
         """Give bitmaps and mappings back; no loop may run any more."""
         if not self._closed:
+            _ = self.verified_regions  # it stays known
             self._closed = True
             lib.source_close(self._native)
+            if self._stored is not None:
+                lib.stored_close(self._stored)
             self._ram.close()
 
 

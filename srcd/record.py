@@ -43,6 +43,8 @@ class Record:
     was_running: bool = False
     postcopy: bool = False
     is_dstd: bool = False
+    preempt: bool = False
+    preempt_early: bool = False
     address: Mapping[str, Json] | None = None
     settings: Mapping[str, Json] = field(default_factory=dict)
 
@@ -63,6 +65,8 @@ def record_of_untrusted(content: Mapping[str, Json]) -> Record:
             was_running=bool(given["was_running"]),
             postcopy=bool(given["postcopy"]),
             is_dstd=bool(given["is_dstd"]),
+            preempt=bool(given["preempt"]),
+            preempt_early=bool(given["preempt_early"]),
             address=given["address"],
             settings=dict(given["settings"]),
         )

@@ -115,6 +115,13 @@ def _ours(migration: OutgoingMigration) -> Mapping[str, Json]:
         "dirty-tracking": migration.tracking.how,
         "peer-is-dstd": migration.peer.is_dstd,
     }
+    if migration.parked:
+        info |= {
+            "requested-pages": int(stats.urgent_pages) - int(stats.neighbour_pages),
+            "left-out-pages": int(stats.left_out_pages),
+            "working-set-pages": int(stats.working_set_pages),
+            "verified-regions": migration.pump.verified_regions,
+        }
     if not migration.convergence.hopeful:
         info["advice"] = (
             "the guest dirties memory faster than max-bandwidth carries it away:"

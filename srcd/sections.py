@@ -1,12 +1,16 @@
-"""What the source writes besides pages: opening, block list, device state, ends."""
+"""What the source writes besides pages: opening, block list, device state, ends.
+
+What a parked VM brought along is written as it came.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
 from typing import TYPE_CHECKING, Final
 
+from common.guest.stored import NO_DESCRIPTION, StoredGuest
 from common.stream import command, fields, section, vmdesc
 from common.stream import constants as c
 from common.stream.package import Package, encode_package
@@ -17,15 +21,22 @@ if TYPE_CHECKING:
     from common.guest.base import Guest, RamBlock
 
 EOS: Final = fields.be64(c.RAM_SAVE_FLAG_EOS)
-RAM_END: Final = section.encode_section(section.End(section_id=c.RAM_SECTION_ID), EOS)
+
+
+def ram_section_id(guest: Guest) -> int:
+    if isinstance(guest, StoredGuest):
+        return c.PARKED_RAM_SECTION_ID
+    return c.RAM_SECTION_ID
+
+
+def ram_end(guest: Guest) -> bytes:
+    """The section that says that no page is to come any more."""
+    return section.encode_section(section.End(section_id=ram_section_id(guest)), EOS)
 
 
 def opening(guest: Guest, *, return_path: bool, postcopy: bool, preempt: bool) -> bytes:
     """From the file header to RAM's START: all that a destination may refuse."""
-    parts = [
-        section.FILE_HEADER,
-        section.encode_configuration(section.Configuration(machine=guest.machine)),
-    ]
+    parts = [section.FILE_HEADER, _configuration(guest)]
     commands: list[command.Command] = []
     if return_path:
         commands += [
@@ -41,10 +52,19 @@ def opening(guest: Guest, *, return_path: bool, postcopy: bool, preempt: bool) -
     parts += map(command.encode, commands)
     parts.append(
         section.encode_section(
-            section.RAM_START, _block_list(guest.blocks, advised=postcopy)
+            replace(section.RAM_START, section_id=ram_section_id(guest)),
+            _block_list(guest.blocks, advised=postcopy),
         )
     )
+    if isinstance(guest, StoredGuest):
+        parts.append(guest.parked.early)
     return b"".join(parts)
+
+
+def _configuration(guest: Guest) -> bytes:
+    if isinstance(guest, StoredGuest):
+        return guest.parked.configuration
+    return section.encode_configuration(section.Configuration(machine=guest.machine))
 
 
 def _block_list(blocks: Sequence[RamBlock], *, advised: bool) -> bytes:
@@ -64,15 +84,16 @@ def _block_list(blocks: Sequence[RamBlock], *, advised: bool) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class DeviceState:
-    """The FULL sections of a stopped guest, and what a description says of them."""
+    """The FULL sections of a stopped guest, what is around them in a stream."""
 
+    ram_end: bytes
     sections: bytes
-    described: tuple[vmdesc.Device, ...]
+    description: bytes
 
     def ending(self) -> bytes:
         """The end of a precopy stream: RAM's END, these, EOF, description."""
-        description = vmdesc.encode(vmdesc.describe(self.described))
-        return RAM_END + self.sections + section.EOF + description
+        description = vmdesc.encode(self.description)
+        return self.ram_end + self.sections + section.EOF + description
 
     def package(self) -> bytes:
         """The switch to postcopy, from the discards to the pages."""
@@ -89,6 +110,9 @@ class DeviceState:
 
 async def save_device_state(guest: Guest, run_state: str) -> DeviceState:
     """Ask the stopped guest for its state; `run_state` is what it was before."""
+    if isinstance(guest, StoredGuest):
+        description = guest.parked.vmdesc or NO_DESCRIPTION
+        return DeviceState(ram_end(guest), guest.parked.device_state, description)
     sections = b""
     described: tuple[vmdesc.Device, ...] = ()
     if (device := guest.device) is not None:
@@ -110,4 +134,5 @@ async def save_device_state(guest: Guest, run_state: str) -> DeviceState:
     )
     body = section.encode_globalstate(section.GlobalState(run_state))
     sections += section.encode_section(header, body)
-    return DeviceState(sections, (*described, vmdesc.GLOBALSTATE))
+    description = vmdesc.describe((*described, vmdesc.GLOBALSTATE))
+    return DeviceState(ram_end(guest), sections, description)

@@ -23,7 +23,8 @@ class GuestState(StrEnum):
 class RamBlock:
     """One named piece of guest RAM behind the descriptor `fd`; sizes in bytes.
 
-    `base` is where the guest's process maps it, 0 if no process does.
+    `base` is where the guest's process maps it, 0 if no process does. `start` is
+    where it begins in the file, and not 0 for stored RAM alone.
     """
 
     idstr: str
@@ -32,6 +33,7 @@ class RamBlock:
     base: int
     guest_address: int
     fd: int
+    start: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,8 +7,10 @@ keep, or if there is no such process, the service manager does, if there is one.
 from __future__ import annotations
 
 import fcntl
+import glob
 import logging
 import os
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from common.errors import GuestError, HostError
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_KEPT: Final = ".kept"
+_NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
@@ -88,3 +92,39 @@ def identity(guest: Guest) -> Json:
         for block in guest.blocks
         for status in (os.fstat(block.fd),)
     ]
+
+
+class KeptFiles:
+    """Files of the file system: PREFIX.NAME. `found` are those of before."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self.found: dict[str, int] = {}
+        for path in glob.glob(f"{glob.escape(prefix)}.*{_KEPT}"):
+            name = path.removeprefix(f"{prefix}.").removesuffix(_KEPT)
+            self.found[name] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+    def _path(self, name: str) -> str:
+        return f"{self._prefix}.{name}{_KEPT}"
+
+    def make(self, name: str, length: int) -> int:
+        """A new file of zeroes; HostError. The caller closes it."""
+        self.forget(name)
+        try:
+            fd = os.open(self._path(name), _NEW, 0o600)
+            os.ftruncate(fd, length)
+        except OSError as error:
+            raise HostError(f"{self._path(name)}: {error.strerror}") from None
+        return fd
+
+    def forget(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            os.unlink(self._path(name))
+        if name in self.found:
+            os.close(self.found.pop(name))
+
+    def close(self) -> None:
+        """The files stay."""
+        for fd in self.found.values():
+            os.close(fd)
+        self.found.clear()

@@ -10,6 +10,8 @@ from common.guest.attached import accept, listening
 from common.guest.base import GuestState
 from common.guest.microvm import MicroVm, start
 from common.guest.parked import ParkedGuest
+from common.guest.parking import ParkingGuest
+from common.guest.stored import StoredGuest
 
 if TYPE_CHECKING:
     import trio
@@ -28,6 +30,16 @@ async def obtain(
     `control` is the daemon's first control socket: the built-in guest attaches
     beside it.
     """
+    if config.park:
+        return ParkingGuest(config.park)
+    if config.parked:
+        return StoredGuest(
+            config.parked,
+            clone=config.clone,
+            lazy=config.lazy,
+            learns=config.working_set,
+            beside=control,
+        )
     if config.ram:
         state = GuestState.INCOMING if incoming else GuestState.RUNNING
         return ParkedGuest(config.machine or PARKED_MACHINE, config.ram, state)

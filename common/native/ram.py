@@ -30,12 +30,22 @@ class Block(Protocol):
     @property
     def fd(self) -> int: ...
 
+    @property
+    def start(self) -> int: ...
+
 
 class Ram:
-    """Owns the table and its bitmaps; the descriptors stay the guest's."""
+    """Owns the table and its bitmaps; the descriptors stay the guest's.
+
+    Without blocks it is empty until they are known, and `open` is called.
+    """
 
     def __init__(self, blocks: Sequence[Block]) -> None:
         self.native = ffi.new("struct ram *")
+        if blocks:
+            self.open(blocks)
+
+    def open(self, blocks: Sequence[Block]) -> None:
         check(lib.ram_open(self.native, len(blocks)))
         try:
             for block in blocks:
@@ -60,6 +70,8 @@ def _add(native: object, block: Block) -> None:
                 block.fd,
             )
         )
+        if block.start:
+            check(lib.ram_start_at(native, block.start))
     except HostError as error:
         raise HostError(f"RAM block {block.idstr}: {error}") from None
 

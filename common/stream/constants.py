@@ -87,6 +87,9 @@ MULTIFD_MAGIC: Final = 0x11223344  # first bytes of a channel we do not take
 # Sections that we send. A QEMU destination mistakes RAM with id 0 for its timer.
 RAM_SECTION: Final = "ram"
 RAM_SECTION_ID: Final = 1
+# Of a parked VM: its device state has the ids of the QEMU it came from, which
+# counts them up from 0, and RAM there need not have been 1.
+PARKED_RAM_SECTION_ID: Final = 0x50430001
 RAM_SECTION_VERSION: Final = 4
 TIMER_SECTION: Final = "timer"
 TIMER_SECTION_VERSION: Final = 2

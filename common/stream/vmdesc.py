@@ -230,14 +230,21 @@ def _walk(
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """The end of a precopy stream: its FULL sections and its description."""
+    """The end of a precopy stream: its FULL sections and its description.
+
+    `area` are these sections as they came, without those that came early.
+    """
 
     sections: tuple[Section, ...]
-    text: bytes
+    text: bytes | None
+    area: bytes = b""
 
 
-def split_ending_untrusted(tail: bytes) -> Ending | None:
+def split_ending_untrusted(tail: bytes, early: bytes = b"") -> Ending | None:
     """Take apart what a precopy source sent behind RAM's END section.
+
+    `early` are the FULL sections that it sent in front of RAM's first part: the
+    description lists them first.
 
     `tail` are whole FULL sections, EOF and the description, with nothing
     behind; a source then waits for SHUT. None means that this is not there
@@ -248,14 +255,14 @@ def split_ending_untrusted(tail: bytes) -> Ending | None:
     """
     at = tail.find(_ENDING)
     while at >= 0:
-        ending = _ending(tail, at)
+        ending = _ending(tail, at, early)
         if ending is not None:
             return ending
         at = tail.find(_ENDING, at + 1)
     return None
 
 
-def _ending(tail: bytes, at: int) -> Ending | None:
+def _ending(tail: bytes, at: int, early: bytes) -> Ending | None:
     """The ending if EOF is at `at`.
 
     No zero byte is in a description. Looking for one first keeps a tail that
@@ -268,6 +275,7 @@ def _ending(tail: bytes, at: int) -> Ending | None:
         return None
     text = tail[begin:]
     try:
-        return Ending(walk_untrusted(tail[:at], lengths_untrusted(text)), text)
+        sections = walk_untrusted(early + tail[:at], lengths_untrusted(text))
+        return Ending(sections, text, tail[:at])
     except StreamError:
         return None

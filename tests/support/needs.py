@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from support import hugepages, installed, qemu
+from support import hugepages, installed, linux_guest, qemu
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +35,7 @@ def missing(marker: str) -> str | None:
 
 def provided_by_setup(marker: str) -> bool:
     """Whether it's `.ci/setup` that provides this, and not the machine."""
-    return marker in ("qemu", "systemd")
+    return marker in ("qemu", "linux", "systemd")
 
 
 @functools.cache
@@ -132,12 +132,21 @@ def _qemu() -> str | None:
     return None
 
 
+@functools.cache
+def _linux() -> str | None:
+    for name in ("vmlinuz", "initramfs"):
+        if not (linux_guest.FOLDER / name).exists():
+            return f"build/linux/{name} is not there: run .ci/linux"
+    return None
+
+
 _PROBES: dict[str, Callable[[], str | None]] = {
     "kvm": _kvm,
     "userfaultfd": _userfaultfd,
     "hugepages": hugepages.missing,
     "netns": _netns,
     "qemu": _qemu,
+    "linux": _linux,
     "systemd": _systemd,
     "systemd_boots": _systemd_boots,
 }

@@ -52,15 +52,19 @@ class Monitor:
 
     def negotiate(self) -> None:
         self._message(time.monotonic() + PATIENCE)
-        self.execute("qmp_capabilities")
+        self.execute("qmp_capabilities", enable=["oob"])
 
-    def execute(self, command: str, /, **arguments: object) -> Any:
+    def execute(
+        self, command: str, /, *, out_of_band: bool = False, **arguments: object
+    ) -> Any:
         """Run a command and give back what it returns.
 
-        Underscores in argument names stand for dashes.
+        Underscores in argument names stand for dashes. Out of band it is run
+        even while QEMU's main thread waits for a page.
         """
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
-        request = {"execute": command, "arguments": named}
+        kind = "exec-oob" if out_of_band else "execute"
+        request = {kind: command, "arguments": named}
         deadline = time.monotonic() + PATIENCE
         try:
             self._socket.sendall(json.dumps(request).encode() + b"\n")
@@ -97,27 +101,25 @@ class Monitor:
         return message
 
 
-class Qemu:
+class QemuProcess:
     """A QEMU process; leaving the context ends it.
 
-    With `incoming` it waits for `listen`. With `counting` it has a CPU that
-    writes to RAM all the time (see counting_guest.py), and one more RAM block,
-    `pc.bios`. `arguments` are added to the command line.
+    With `incoming` it waits for `listen`. `arguments` are added to the command
+    line; `ram` are the files of its memory that the test made.
     """
 
     def __init__(
         self,
-        *blocks: Block,
+        ram: Sequence[SharedRam] = (),
+        *,
         version: str = "10",
         incoming: bool = False,
-        counting: bool = False,
         arguments: Sequence[str] = (),
     ) -> None:
         self.version = version
         self.statuses: list[str] = []
-        self.ram = [SharedRam(block) for block in blocks or (Block(),)]
+        self.ram = list(ram)
         self._incoming = ["-incoming", "defer"] if incoming else []
-        self._counting = counting
         self._arguments = list(arguments)
 
     # -- process --------------------------------------------------------
@@ -140,13 +142,6 @@ class Qemu:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-
-    @property
-    def machine(self) -> str:
-        """The machine's name, as the stream has it."""
-        if self._counting:
-            return "microvm"
-        return "none" if len(self.ram) == 1 else "x-remote"
 
     @property
     def pid(self) -> int:
@@ -174,65 +169,19 @@ class Qemu:
         )
 
     def _machine_arguments(self) -> list[str]:
-        first, *rest = self.ram
-        arguments = ["-m", f"{first.block.size}B"]
-        arguments += ["-M", f"{self.machine},memory-backend={first.block.name}"]
-        if self._counting:
-            firmware = counting_guest.firmware_path()
-            arguments += ["-accel", "tcg", "-bios", str(firmware)]
-            arguments += ["-machine", "acpi=off"]
-        for ram in self.ram:
-            arguments += ["-object", _backend(ram)]
-        for slot, ram in enumerate(rest, start=1):
-            # The master is the one that takes the memory along.
-            device = f"ivshmem-plain,memdev={ram.block.name}"
-            arguments += ["-device", f"{device},master=on,addr={slot:#x}"]
-        return arguments
+        raise NotImplementedError
 
     def _end(self) -> None:
         self.process.kill()
         self.process.wait()
 
-    # -- memory ---------------------------------------------------------
-
-    def blocks(self) -> list[Block]:
-        """The blocks as the stream names them, those of `ram` first."""
-        blocks = [self.ram[0].block]
-        for slot, ram in enumerate(self.ram[1:], start=1):
-            name = f"0000:00:{slot:02x}.0/{ram.block.name}"
-            blocks.append(replace(ram.block, name=name))
-        if self._counting:
-            blocks.append(counting_guest.FIRMWARE)
-        return blocks
-
-    def fill(self, seed: int) -> None:
-        """Give every block a pattern of its own, but leave the guest its pages."""
-        start = counting_guest.LAST if self._counting else 0
-        for number, ram in enumerate(self.ram):
-            ram.fill(seed + number, start)
-
-    def read(self, address: int, size: int) -> bytes:
-        """Read the first block as a device would: a missing page is awaited.
-
-        QEMU's monitor stands still meanwhile.
-        """
-        with tempfile.NamedTemporaryFile() as file:
-            self.execute("pmemsave", val=address, size=size, filename=file.name)
-            return file.read()
-
-    def wait_for_counting(self) -> None:
-        """Wait until the counting guest has gone once over its pages."""
-        start = counting_guest.counters(self.ram[0].bytes)
-        deadline = time.monotonic() + PATIENCE
-        while counting_guest.counters(self.ram[0].bytes)[-1] == start[-1]:
-            if time.monotonic() > deadline:
-                raise self._explained(QemuError("the guest doesn't count"))
-
     # -- migration ------------------------------------------------------
 
-    def execute(self, command: str, /, **arguments: object) -> Any:
+    def execute(
+        self, command: str, /, *, out_of_band: bool = False, **arguments: object
+    ) -> Any:
         try:
-            return self.monitor.execute(command, **arguments)
+            return self.monitor.execute(command, out_of_band=out_of_band, **arguments)
         except QemuError as error:
             raise self._explained(error) from None
 
@@ -259,11 +208,11 @@ class Qemu:
         self.execute("migrate-start-postcopy")
 
     def pause(self) -> None:
-        self.execute("migrate-pause")
+        self.execute("migrate-pause", out_of_band=True)
 
     def recover(self, uri: str) -> None:
         """Listen again, as a destination whose postcopy has been cut."""
-        self.execute("migrate-recover", uri=uri)
+        self.execute("migrate-recover", out_of_band=True, uri=uri)
 
     def counter(self, name: str) -> int:
         """One member of `ram` in the reply to query-migrate; 0 before there is any."""
@@ -324,6 +273,88 @@ class Qemu:
     def _explained(self, error: QemuError, doing: str = "") -> QemuError:
         parts = [str(error), doing, f"statuses {self.statuses}", self.stderr.strip()]
         return QemuError("; ".join(part for part in parts if part))
+
+
+class Qemu(QemuProcess):
+    """A QEMU whose memory the test maps.
+
+    With `counting` it has a CPU that writes to RAM all the time (see
+    counting_guest.py), and one more RAM block, `pc.bios`.
+    """
+
+    def __init__(
+        self,
+        *blocks: Block,
+        version: str = "10",
+        incoming: bool = False,
+        counting: bool = False,
+        arguments: Sequence[str] = (),
+    ) -> None:
+        super().__init__(
+            [SharedRam(block) for block in blocks or (Block(),)],
+            version=version,
+            incoming=incoming,
+            arguments=arguments,
+        )
+        self._counting = counting
+
+    @property
+    def machine(self) -> str:
+        """The machine's name, as the stream has it."""
+        if self._counting:
+            return "microvm"
+        return "none" if len(self.ram) == 1 else "x-remote"
+
+    def _machine_arguments(self) -> list[str]:
+        first, *rest = self.ram
+        arguments = ["-m", f"{first.block.size}B"]
+        arguments += ["-M", f"{self.machine},memory-backend={first.block.name}"]
+        if self._counting:
+            firmware = counting_guest.firmware_path()
+            arguments += ["-accel", "tcg", "-bios", str(firmware)]
+            arguments += ["-machine", "acpi=off"]
+        for ram in self.ram:
+            arguments += ["-object", _backend(ram)]
+        for slot, ram in enumerate(rest, start=1):
+            # The master is the one that takes the memory along.
+            device = f"ivshmem-plain,memdev={ram.block.name}"
+            arguments += ["-device", f"{device},master=on,addr={slot:#x}"]
+        return arguments
+
+    # -- memory ---------------------------------------------------------
+
+    def blocks(self) -> list[Block]:
+        """The blocks as the stream names them, those of `ram` first."""
+        blocks = [self.ram[0].block]
+        for slot, ram in enumerate(self.ram[1:], start=1):
+            name = f"0000:00:{slot:02x}.0/{ram.block.name}"
+            blocks.append(replace(ram.block, name=name))
+        if self._counting:
+            blocks.append(counting_guest.FIRMWARE)
+        return blocks
+
+    def fill(self, seed: int) -> None:
+        """Give every block a pattern of its own, but leave the guest its pages."""
+        start = counting_guest.LAST if self._counting else 0
+        for number, ram in enumerate(self.ram):
+            ram.fill(seed + number, start)
+
+    def read(self, address: int, size: int) -> bytes:
+        """Read the first block as a device would: a missing page is awaited.
+
+        QEMU's monitor stands still meanwhile.
+        """
+        with tempfile.NamedTemporaryFile() as file:
+            self.execute("pmemsave", val=address, size=size, filename=file.name)
+            return file.read()
+
+    def wait_for_counting(self) -> None:
+        """Wait until the counting guest has gone once over its pages."""
+        start = counting_guest.counters(self.ram[0].bytes)
+        deadline = time.monotonic() + PATIENCE
+        while counting_guest.counters(self.ram[0].bytes)[-1] == start[-1]:
+            if time.monotonic() > deadline:
+                raise self._explained(QemuError("the guest doesn't count"))
 
 
 def _backend(ram: SharedRam) -> str:

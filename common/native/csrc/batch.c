@@ -142,13 +142,20 @@ static bool is_hole(struct extent *e, const struct ram_block *b, uint64_t page)
            look_for_hole(e, b, offset);
 }
 
+bool batch_page_is_zero(struct extent *e, const struct ram_block *b,
+                        uint64_t page, bool *hole)
+{
+    *hole = is_hole(e, b, page);
+    return *hole || page_is_zero(b->map + (page << TARGET_PAGE_BITS));
+}
+
 bool batch_add_page(struct batch *batch, struct extent *e,
                     const struct ram_block *b, uint64_t page)
 {
     uint64_t offset = page << TARGET_PAGE_BITS;
-    const uint8_t *data = b->map + offset;
-    bool hole = is_hole(e, b, page);
+    bool hole;
+    bool zero = batch_page_is_zero(e, b, page, &hole);
 
-    add_record(batch, b, offset, hole || page_is_zero(data) ? NULL : data);
+    add_record(batch, b, offset, zero ? NULL : b->map + offset);
     return hole;
 }

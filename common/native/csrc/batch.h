@@ -49,6 +49,12 @@ void batch_reset(struct batch *b);
 void batch_begin_part(struct batch *b, uint32_t section_id);
 
 /*
+ * Is a target page all zeroes as it is now? `*hole`: so it is without being
+ * read. `e` as in batch_add_page().
+ */
+bool batch_page_is_zero(struct extent *e, const struct ram_block *b,
+                        uint64_t page, bool *hole);
+/*
  * Add a target page as it is now. True if it was found to be zero without
  * reading it: it is a hole in the block's file. `e` NULL: the pages around it
  * are not going to be asked about.

@@ -168,6 +168,13 @@ void channel_limit_unsent(struct channel *c, uint32_t bytes)
                      sizeof(value));
 }
 
+void channel_acknowledge(struct channel *c)
+{
+    int on = 1;
+
+    (void)setsockopt(c->fd, IPPROTO_TCP, TCP_QUICKACK, &on, sizeof(on));
+}
+
 static ssize_t receive_some(struct channel *c)
 {
     uint8_t *at = c->buffer + c->end;

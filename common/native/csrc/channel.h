@@ -65,6 +65,13 @@ struct result channel_wait_room(struct channel *c);
 void channel_limit_unsent(struct channel *c, uint32_t bytes);
 
 /*
+ * Acknowledge what was read now. A peer without TCP_NODELAY, as a QEMU that is
+ * a destination, holds its next message back until then; and the kernel waits
+ * up to 40 ms in the hope of something to send along. Not for long: call it
+ * whenever something was read. Does nothing where there is no such thing.
+ */
+void channel_acknowledge(struct channel *c);
+/*
  * Have at least `want` bytes (at most CHANNEL_BUFFER) buffered at
  * buffer + start. RESULT_CLOSED: the peer closed before that.
  */

@@ -80,8 +80,10 @@ struct result destination_discard(struct destination *d, uint32_t block,
 
     bitmap_clear_range(&b->received, start >> TARGET_PAGE_BITS,
                        length >> TARGET_PAGE_BITS);
-    /* Otherwise what is there is simply never mapped. */
-    return d->way == PLACE_COPY ? punch(b, start, length) : result_ok();
+    bitmap_set_range(&b->discarded, start >> TARGET_PAGE_BITS,
+                     length >> TARGET_PAGE_BITS);
+    d->discards++;
+    return d->way == PLACE_CONTINUE ? result_ok() : punch(b, start, length);
 }
 
 static uint32_t fault_modes(const struct destination *d)
@@ -171,11 +173,31 @@ static uint64_t settle(struct destination *d)
     return missing;
 }
 
+/* See PLACE_FILE: only what was discarded is still to come. */
+static void excuse_unsent(struct destination *d)
+{
+    for (uint32_t i = 0; d->discards && i < d->ram->count; i++) {
+        struct ram_block *b = &d->ram->blocks[i];
+        uint64_t page = 0;
+
+        while (page < b->discarded.bits) {
+            uint64_t next = bitmap_next_set(&b->discarded, page);
+
+            bitmap_set_range(&b->received, page, next - page);
+            page = bitmap_next_clear(&b->discarded, next);
+        }
+    }
+}
+
 struct result destination_listen(struct destination *d)
 {
-    uint64_t missing = settle(d);
     struct result r = result_ok();
+    uint64_t missing;
 
+    if (d->way == PLACE_FILE) {
+        excuse_unsent(d);
+    }
+    missing = settle(d);
     if (d->way != PLACE_FILE) {
         r = register_blocks(d);
     }

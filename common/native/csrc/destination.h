@@ -4,14 +4,20 @@
  *
  * Three ways to place a page, chosen once:
  *
- *   PLACE_FILE      nobody runs on the RAM: write to its file.
+ *   PLACE_FILE      nobody runs on the RAM: write to its file. Nobody asks
+ *                   for a page either, so what was neither sent nor discarded
+ *                   is a hole that the source has no page for (unplugged
+ *                   memory), and nothing to wait for.
  *   PLACE_CONTINUE  the guest's mapping is registered for missing and minor
  *                   faults: write to the file, set the received bit, then map
  *                   the page into the guest (UFFDIO_CONTINUE). In this order:
  *                   the guest can have written only to pages whose bit is set,
  *                   so whoever comes after a crash knows what it may overwrite.
  *   PLACE_COPY      kernels without minor faults: UFFDIO_COPY, then the bit.
- *                   Stale pages have to be punched out when they are discarded.
+ *
+ * With PLACE_CONTINUE a stale page is simply never mapped. The other two have
+ * to punch it out when it is discarded: one would find it in the guest, the
+ * other keeps the file.
  *
  * A page of zeroes stays a hole in the file until somebody touches it.
  *
@@ -43,6 +49,7 @@ struct destination {
     int32_t way;        /* enum place_way */
     int uffd;           /* negotiated; unused for PLACE_FILE */
     uint32_t listening; /* atomic: postcopy, the guest may run */
+    uint32_t discards;  /* ranges so far */
     uint64_t missing;   /* atomic: host pages that are not here */
     int complete_fd;    /* eventfd, readable when nothing is missing */
     uint8_t *zeroes;    /* one largest host page, never written */

@@ -458,6 +458,7 @@ struct result load_main(struct loader *l)
                 return r;
             }
         } else if (l->next == SECTION_PART || l->next == SECTION_END) {
+            l->begun = true;
             l->ended = l->next == SECTION_END;
             r = load_section(l);
         } else {

@@ -40,6 +40,7 @@ struct loader {
     uint32_t section_id;    /* of "ram", from its START; main channel only */
     uint32_t advised;       /* discards are legal now */
     uint32_t discards;      /* commands seen */
+    uint32_t begun;         /* the RAM section's first PART was */
     uint32_t ended;         /* the RAM section's END was read */
     uint8_t next;           /* the byte that load_main() stopped before */
     struct ram_block *last; /* CONTINUE state */

@@ -96,17 +96,23 @@ static bool next_dirty(struct source *s, struct ram_block **block,
 }
 
 /* Bits are cleared before the page is read: a later write sets them again. */
-static bool fill_precopy(struct source *s, struct batch *batch, uint32_t most)
+static struct result fill_precopy(struct source *s, struct batch *batch,
+                                  uint32_t most)
 {
+    struct result r = result_ok();
     struct ram_block *b;
     uint64_t page;
 
     batch_begin_part(batch, s->section_id);
     while (batch->pages < most && next_dirty(s, &b, &page)) {
+        r = source_check(s, b, page >> block_pages_bits(b));
+        if (!RESULT_IS_OK(r)) {
+            return r;
+        }
         bitmap_test_and_clear(&b->dirty, page);
         source_add_page(s, batch, &s->extent, b, page);
     }
-    return batch->pages > 0;
+    return r;
 }
 
 struct result pump_precopy(struct source *s)
@@ -120,8 +126,10 @@ struct result pump_precopy(struct source *s)
         if (RESULT_IS_OK(r) && must_yield(s)) {
             break;
         }
-        if (RESULT_IS_OK(r) &&
-            !fill_precopy(s, &s->batch, batch_size(s, BATCH_PAGES))) {
+        if (RESULT_IS_OK(r)) {
+            r = fill_precopy(s, &s->batch, batch_size(s, BATCH_PAGES));
+        }
+        if (RESULT_IS_OK(r) && !s->batch.pages) {
             return r;
         }
         if (RESULT_IS_OK(r)) {
@@ -184,18 +192,38 @@ struct result pump_discards(struct source *s)
     return result_ok();
 }
 
-/* The next host page that is owed, from the cursor on and around. */
+/* The first host page of a block from `from` on that is owed and not left out.
+ */
+static uint64_t next_in_block(const struct source *s, const struct ram_block *b,
+                              uint64_t from)
+{
+    uint64_t h = bitmap_next_set(&b->owed, from);
+
+    while (s->stored && h < b->owed.bits) {
+        uint64_t end = bitmap_next_clear(stored_left_out(s->stored, b), h);
+
+        if (end == h) {
+            break;
+        }
+        h = bitmap_next_set(&b->owed, end);
+    }
+    return h;
+}
+
+/*
+ * The next host page that is owed, from the cursor on and around; the same one
+ * again as long as it is.
+ */
 static bool next_owed(struct source *s, struct ram_block **block,
                       uint64_t *host)
 {
     for (uint32_t i = 0; i <= s->ram->count; i++) {
         struct ram_block *b = &s->ram->blocks[s->cursor_block];
-        uint64_t h = bitmap_next_set(&b->owed, s->cursor_page);
+        uint64_t h = next_in_block(s, b, s->cursor_page);
 
         if (h < b->owed.bits) {
             *block = b;
-            *host = h;
-            s->cursor_page = h + 1;
+            *host = s->cursor_page = h;
             return true;
         }
         s->cursor_block = (s->cursor_block + 1) % s->ram->count;
@@ -204,23 +232,47 @@ static bool next_owed(struct source *s, struct ram_block **block,
     return false;
 }
 
-static bool fill_postcopy(struct source *s, struct batch *batch, uint64_t most)
+/* Pages of zeroes are sent unasked only if the guest has asked before. */
+static void add_owed(struct source *s, struct batch *batch, struct ram_block *b,
+                     uint64_t host, bool asked_before)
 {
+    if (!asked_before && source_leaves_out(s, &s->extent, b, host)) {
+        bitmap_test_and_set(stored_left_out(s->stored, b), host);
+        STATS_ADD(s->stats.left_out_pages, block_pages_per_host(b));
+    } else if (source_claim(b, host)) {
+        source_add_host_page(s, batch, &s->extent, b, host);
+        STATS_ADD(s->stats.working_set_pages,
+                  asked_before ? block_pages_per_host(b) : 0);
+    }
+}
+
+static struct result fill_postcopy(struct source *s, struct batch *batch,
+                                   uint64_t most)
+{
+    struct result r = result_ok();
     struct ram_block *b;
     uint64_t host;
 
     batch_begin_part(batch, s->section_id);
     urgent_take_hint(s);
-    while (batch_bytes(batch) < most && next_owed(s, &b, &host)) {
-        if (batch->pages + block_pages_per_host(b) > BATCH_PAGES) {
-            s->cursor_page = host; /* it opens the next batch */
+    while (batch_bytes(batch) < most) {
+        bool asked_before =
+            s->stored &&
+            working_set_next(&s->stored->working_set, s->ram, &b, &host);
+
+        if (!asked_before && !next_owed(s, &b, &host)) {
             break;
         }
-        if (source_claim(b, host)) {
-            source_add_host_page(s, batch, &s->extent, b, host);
+        if (batch->pages + block_pages_per_host(b) > BATCH_PAGES) {
+            break; /* it opens the next batch */
         }
+        r = source_check(s, b, host);
+        if (!RESULT_IS_OK(r)) {
+            break;
+        }
+        add_owed(s, batch, b, host, asked_before);
     }
-    return batch->pages > 0;
+    return r;
 }
 
 static struct result send_probe(struct source *s)
@@ -342,8 +394,10 @@ static struct result send_owed(struct source *s)
     for (;;) {
         struct result r = wait_for_turn(s);
 
-        if (RESULT_IS_OK(r) &&
-            !fill_postcopy(s, &s->batch, postcopy_bytes(s))) {
+        if (RESULT_IS_OK(r)) {
+            r = fill_postcopy(s, &s->batch, postcopy_bytes(s));
+        }
+        if (RESULT_IS_OK(r) && !s->batch.pages) {
             break;
         }
         if (RESULT_IS_OK(r)) {

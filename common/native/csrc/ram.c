@@ -33,6 +33,7 @@ void ram_close(struct ram *ram)
         bitmap_close(&b->owed);
         bitmap_close(&b->solid);
         bitmap_close(&b->received);
+        bitmap_close(&b->discarded);
         bitmap_close(&b->requested);
         bitmap_close(&b->claimed);
         bitmap_close(&b->populated);
@@ -97,6 +98,25 @@ struct result ram_add(struct ram *ram, const char *idstr, uint64_t length,
     return result_ok();
 }
 
+struct result ram_start_at(struct ram *ram, uint64_t start)
+{
+    struct ram_block *b = &ram->blocks[ram->count - 1];
+    struct stat st;
+
+    if (start % TARGET_PAGE_SIZE || start > INT64_MAX - b->length) {
+        return result_errno(RESULT_HOST, "start of a RAM block in its file",
+                            EINVAL);
+    }
+    if (fstat(b->fd, &st) < 0) {
+        return result_errno(RESULT_HOST, "fstat of a RAM block", errno);
+    }
+    if ((uint64_t)st.st_size < start + b->length) {
+        return result_errno(RESULT_HOST, "RAM block file is too short", EINVAL);
+    }
+    b->start = start;
+    return result_ok();
+}
+
 /* Aligned, so that huge pages of the file can be huge in the mapping. */
 static struct result map_block(struct ram_block *b, int protection)
 {
@@ -112,7 +132,7 @@ static struct result map_block(struct ram_block *b, int protection)
     }
     before = -(uintptr_t)room & (CHUNK_SIZE - 1);
     map = mmap(room + before, length, protection, MAP_SHARED | MAP_FIXED, b->fd,
-               0);
+               (off_t)b->start);
     if (map == MAP_FAILED) {
         int err = errno;
 
@@ -187,6 +207,9 @@ static struct result prepare_destination(struct ram_block *b)
     struct result r = map_block(b, PROT_READ | PROT_WRITE);
 
     if (RESULT_IS_OK(r)) {
+        r = bitmap_open(&b->discarded, block_pages(b));
+    }
+    if (RESULT_IS_OK(r)) {
         r = bitmap_open(&b->requested, block_hosts(b));
     }
     if (RESULT_IS_OK(r)) {
@@ -260,10 +283,11 @@ uint64_t ram_largest_page(const struct ram *ram)
 
 uint64_t ram_next_data(const struct ram_block *b, uint64_t offset)
 {
-    off_t data = lseek(b->fd, (off_t)offset, SEEK_DATA);
+    off_t data = lseek(b->fd, (off_t)(b->start + offset), SEEK_DATA);
 
     if (data < 0) {
         return errno == ENXIO ? b->length : offset;
     }
-    return (uint64_t)data < b->length ? (uint64_t)data : b->length;
+    offset = (uint64_t)data - b->start;
+    return offset < b->length ? offset : b->length;
 }

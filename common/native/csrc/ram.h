@@ -34,9 +34,10 @@ struct ram_block {
     unsigned host_bits; /* log2 of page_size */
     uint64_t base;      /* in the guest's process; 0 if nobody runs on it */
     int fd;
-    uint8_t *map; /* our mapping: the source reads through it, the
-                     destination writes through it where that allocates
-                     nothing: huge pages and prepared chunks */
+    uint64_t start; /* of the block in the file; 0 but for stored RAM */
+    uint8_t *map;   /* our mapping: the source reads through it, the
+                       destination writes through it where that allocates
+                       nothing: huge pages and prepared chunks */
     size_t map_length;
 
     /* Source. */
@@ -46,6 +47,7 @@ struct ram_block {
 
     /* Destination. */
     struct bitmap received;  /* target pages that are here; see place.h */
+    struct bitmap discarded; /* target pages that the source took back */
     struct bitmap requested; /* host pages that a fault was about */
     struct bitmap claimed;   /* host pages some load loop is filling or has */
     struct bitmap populated; /* host pages that hold memory in the file */
@@ -72,6 +74,11 @@ void ram_close(struct ram *ram);
  */
 struct result ram_add(struct ram *ram, const char *idstr, uint64_t length,
                       uint64_t page_size, uint64_t base, int fd);
+/*
+ * The block added last begins at `start` of its file, a multiple of
+ * TARGET_PAGE_SIZE. For a source, and before it is prepared.
+ */
+struct result ram_start_at(struct ram *ram, uint64_t start);
 
 /* The bitmaps and the mapping that each side needs. */
 struct result ram_prepare_source(struct ram *ram);

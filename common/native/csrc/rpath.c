@@ -50,6 +50,7 @@ static struct result read_message_untrusted(struct source *s,
     struct result r = result_ok();
 
     if (!channel_buffered(s->main)) {
+        channel_acknowledge(s->main);
         r = wait_for_message(s);
         s->read_ns = clock_ns(); /* of all that is read at once */
     }

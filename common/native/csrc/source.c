@@ -22,6 +22,11 @@ struct result source_open(struct source *s, struct ram *ram,
     return r;
 }
 
+void source_serve(struct source *s, struct stored *stored)
+{
+    s->stored = stored;
+}
+
 void source_close(struct source *s)
 {
     batch_close(&s->batch);
@@ -42,6 +47,10 @@ void source_connect(struct source *s, struct channel *main_channel,
     flow_restart(&s->flow);
     s->cursor_block = 0;
     s->cursor_page = 0;
+    if (s->stored) {
+        stored_restart(s->stored);
+        __atomic_store_n(&s->stats.left_out_pages, 0, __ATOMIC_RELAXED);
+    }
     __atomic_store_n(&s->ended, 0, __ATOMIC_SEQ_CST);
 }
 
@@ -139,6 +148,26 @@ void source_owe_missing(struct ram_block *b, const uint8_t *received)
     }
 }
 
+/* Of what was left out, all that nobody asked for is still owed. */
+static uint64_t owed_hosts(const struct source *s, const struct ram_block *b)
+{
+    const struct bitmap *left_out;
+    uint64_t hosts = 0;
+
+    if (!s->stored) {
+        return bitmap_count(&b->owed);
+    }
+    left_out = stored_left_out(s->stored, b);
+    for (uint64_t word = 0; word < (b->owed.bits + 63) / 64; word++) {
+        uint64_t owed =
+            __atomic_load_n(&b->owed.words[word], __ATOMIC_RELAXED) &
+            ~__atomic_load_n(&left_out->words[word], __ATOMIC_RELAXED);
+
+        hosts += (uint64_t)__builtin_popcountll(owed);
+    }
+    return hosts;
+}
+
 uint64_t source_owed_pages(const struct source *s)
 {
     uint64_t pages = 0;
@@ -146,9 +175,26 @@ uint64_t source_owed_pages(const struct source *s)
     for (uint32_t i = 0; i < s->ram->count; i++) {
         const struct ram_block *b = &s->ram->blocks[i];
 
-        pages += bitmap_count(&b->owed) * block_pages_per_host(b);
+        pages += owed_hosts(s, b) * block_pages_per_host(b);
     }
     return pages;
+}
+
+bool source_leaves_out(const struct source *s, struct extent *e,
+                       const struct ram_block *b, uint64_t host)
+{
+    uint64_t first = host << block_pages_bits(b);
+    bool hole;
+
+    if (!s->stored || !s->stored->leave_out_zeroes) {
+        return false;
+    }
+    for (uint64_t i = 0; i < block_pages_per_host(b); i++) {
+        if (!batch_page_is_zero(e, b, first + i, &hole)) {
+            return false;
+        }
+    }
+    return true;
 }
 
 bool source_claim(struct ram_block *b, uint64_t host)

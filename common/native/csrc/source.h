@@ -21,6 +21,7 @@
 #include "flow.h"
 #include "limit.h"
 #include "stats.h"
+#include "stored.h"
 #include "wire.h"
 
 struct source_stats {
@@ -35,6 +36,8 @@ struct source_stats {
     uint64_t background_waits;  /* the pump waited for a channel's lock */
     uint64_t background_pauses; /* it left the processors to faults */
     uint64_t hole_pages;        /* of zero_pages, found without reading them */
+    uint64_t left_out_pages;    /* target pages of zeroes, never sent so far */
+    uint64_t working_set_pages; /* of background_pages, those sent first */
     struct histogram queue;     /* request read .. its page's turn to be sent */
     struct histogram send;      /* .. handed to the kernel */
 };
@@ -71,12 +74,15 @@ struct source {
     struct asked_page recent[RECENT_REQUESTS];
     uint32_t recent_next;
 
+    struct stored *stored; /* NULL: a guest's memory, not stored RAM */
     struct source_stats stats;
 };
 
 struct result source_open(struct source *s, struct ram *ram,
                           uint32_t section_id);
 void source_close(struct source *s);
+/* The RAM is stored; `stored` is the caller's, open until source_close(). */
+void source_serve(struct source *s, struct stored *stored);
 /* A new epoch: channels are new, the cursors start over. */
 void source_connect(struct source *s, struct channel *main_channel,
                     struct channel *urgent);
@@ -92,6 +98,7 @@ uint64_t source_dirty_pages(const struct source *s);
  * least one discard. Returns the number of host pages owed.
  */
 uint64_t source_owe_dirty(struct source *s);
+/* How many target pages are owed, those that are left out not counted. */
 uint64_t source_owed_pages(const struct source *s);
 /*
  * After a recovery: what a destination has not received of a block is owed,
@@ -102,6 +109,21 @@ uint64_t source_owed_pages(const struct source *s);
 void source_owe_missing(struct ram_block *b, const uint8_t *received);
 /* Whoever clears the bit sends the page: true for one caller. */
 bool source_claim(struct ram_block *b, uint64_t host);
+
+/*
+ * For every page that is looked at: stored RAM is compared with its checksums
+ * first, by host pages.
+ */
+static inline struct result
+source_check(struct source *s, const struct ram_block *b, uint64_t host)
+{
+    return s->stored ?
+               stored_check(s->stored, b, host << b->host_bits, b->page_size) :
+               result_ok();
+}
+/* May this host page be left out? `e` as in batch_add_page(). */
+bool source_leaves_out(const struct source *s, struct extent *e,
+                       const struct ram_block *b, uint64_t host);
 
 /* Look at limit, flow and yield again. */
 void source_wake(struct source *s);

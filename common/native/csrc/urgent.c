@@ -56,6 +56,26 @@ static bool comes_in_a_row(struct source *s, const struct ram_block *b,
     return near;
 }
 
+/* What is damaged is told when it is asked for, or by the pump. */
+static bool may_go_along(struct source *s, const struct ram_block *b,
+                         uint64_t host)
+{
+    return !s->stored || (bitmap_test(&b->owed, host) &&
+                          RESULT_IS_OK(source_check(s, b, host)) &&
+                          !source_leaves_out(s, NULL, b, host));
+}
+
+/* What went along would have been asked for next, perhaps. */
+static void note_page(struct source *s, const struct ram_block *b,
+                      uint64_t host)
+{
+    if (s->stored) {
+        working_set_note(
+            &s->stored->working_set,
+            working_set_page((uint64_t)(b - s->ram->blocks), host));
+    }
+}
+
 static void add_neighbours(struct source *s, struct batch *batch,
                            struct ram_block *b, uint64_t host)
 {
@@ -63,9 +83,10 @@ static void add_neighbours(struct source *s, struct batch *batch,
     uint64_t end = host + 1 + (most < NEIGHBOURS_MAX ? most : NEIGHBOURS_MAX);
 
     for (uint64_t h = host + 1; h < end && h < block_hosts(b); h++) {
-        if (source_claim(b, h)) {
+        if (may_go_along(s, b, h) && source_claim(b, h)) {
             source_add_host_page(s, batch, NULL, b, h);
             STATS_ADD(s->stats.neighbour_pages, 1);
+            note_page(s, b, h);
         }
     }
 }
@@ -83,6 +104,7 @@ static struct result write_urgent_locked(struct source *s, struct ram_block *b,
         batch_begin_part(batch, s->section_id);
     }
     source_add_host_page(s, batch, NULL, b, host);
+    note_page(s, b, host);
     if (own_channel && !block_is_huge(b) && comes_in_a_row(s, b, host)) {
         add_neighbours(s, batch, b, host);
     }
@@ -95,6 +117,21 @@ static struct result write_urgent_locked(struct source *s, struct ram_block *b,
     return channel_writev_locked(s->urgent, batch->iov, batch->iov_count);
 }
 
+/*
+ * A page of zeroes that was left out may be asked for after the end. On main
+ * nobody would read it, and the peer needs it no more; on a channel of its own
+ * the peer waits for it, unless it has closed that by now.
+ */
+static bool has_ended(const struct source *s)
+{
+    return __atomic_load_n(&s->ended, __ATOMIC_SEQ_CST);
+}
+
+static bool claim_locked(struct source *s, struct ram_block *b, uint64_t host)
+{
+    return !(has_ended(s) && s->urgent == s->main) && source_claim(b, host);
+}
+
 struct result urgent_serve(struct source *s, struct ram_block *block,
                            uint64_t offset, uint64_t asked_ns)
 {
@@ -103,9 +140,15 @@ struct result urgent_serve(struct source *s, struct ram_block *block,
     uint64_t begun_ns;
     bool owed;
 
+    if (bitmap_test(&block->owed, host)) {
+        r = source_check(s, block, host);
+    }
+    if (!RESULT_IS_OK(r)) {
+        return r;
+    }
     channel_lock(s->urgent);
     begun_ns = clock_ns();
-    owed = source_claim(block, host);
+    owed = claim_locked(s, block, host);
     if (owed) {
         r = write_urgent_locked(s, block, host);
     }
@@ -113,6 +156,9 @@ struct result urgent_serve(struct source *s, struct ram_block *block,
     if (!owed) {
         STATS_ADD(s->stats.requests_late, 1);
         return r;
+    }
+    if (r.kind == RESULT_CHANNEL && has_ended(s)) {
+        r = result_ok();
     }
     histogram_add(&s->stats.queue, begun_ns - asked_ns);
     histogram_add(&s->stats.send, clock_ns() - begun_ns);

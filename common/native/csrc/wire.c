@@ -87,6 +87,19 @@ static bool is_page(uint64_t flags)
     return flags == RAM_SAVE_FLAG_PAGE || flags == RAM_SAVE_FLAG_ZERO;
 }
 
+/* What the flags of a record that nobody here takes mean, and the way out. */
+static const char *refusal(uint64_t flags)
+{
+    if (flags & RAM_SAVE_FLAG_XBZRLE) {
+        return "an XBZRLE page: switch capability xbzrle off at the source";
+    }
+    if (flags & RAM_SAVE_FLAG_COMPRESS_PAGE) {
+        return "a compressed page: switch capability compress off at the "
+               "source";
+    }
+    return "RAM record with flags that are not allowed here";
+}
+
 enum wire_status wire_get_record_untrusted(const uint8_t *in, size_t size,
                                            struct ram *ram,
                                            struct ram_block **last,
@@ -108,7 +121,7 @@ enum wire_status wire_get_record_untrusted(const uint8_t *in, size_t size,
         return WIRE_OK;
     }
     if (!is_page(out->flags)) {
-        *why = "RAM record with flags that are not allowed here";
+        *why = refusal(out->flags);
         return WIRE_BAD;
     }
     if (!(out->flags & RAM_SAVE_FLAG_CONTINUE)) {

@@ -1,0 +1,136 @@
+"""A guest that is served from a directory: a parked VM.
+
+Its RAM is in files that nobody writes, its device state is opaque bytes, and it
+never runs here: it becomes a running VM in a QEMU that it is migrated to.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Final, NoReturn
+
+import trio
+
+from common.errors import GuestError, HostError
+from common.guest.base import Device, GuestState, RamBlock
+from common.guest.keeping import KeptFiles
+from common.store.directory import Parked
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+log = logging.getLogger(__name__)
+
+# What QEMU takes for the description of a stream that had none.
+NO_DESCRIPTION: Final = b"{}"
+
+
+class StoredGuest:
+    """The parked VM in `directory`; HostError if that is not complete, or in use.
+
+    Not as a `clone` it runs once: it is refused when it runs elsewhere already.
+    `lazy`: it is to run before its RAM is there. `learns`: what it asks for first
+    is remembered for the next time. `beside`: the beginning of the paths of files
+    that are to outlive the daemon; the directory is not written to.
+    """
+
+    device: Device | None = None
+    userfaultfd: int | None = None
+    pagemap: int | None = None
+    no_userfaultfd: str | None = None
+    vcpus: Sequence[int] = ()
+    abilities = 0
+    state = GuestState.PAUSED
+    is_gone = False
+
+    def __init__(
+        self,
+        directory: str,
+        *,
+        clone: bool,
+        lazy: bool,
+        learns: bool = True,
+        beside: str,
+    ) -> None:
+        self.parked = Parked.open(directory)
+        try:
+            self.parked.lock(clone=clone)
+        except HostError:
+            self.parked.close()
+            raise
+        self.comes_back = False
+        """Whether it is the daemon before this one that made it run elsewhere."""
+        self._kept = KeptFiles(beside)
+        self.machine = self.parked.manifest.machine
+        self.clone = clone
+        self.lazy = lazy
+        self.learns = learns
+        self.blocks: Sequence[RamBlock] = self._opened()
+        was = self.parked.manifest.run_state
+        log.info("a parked VM that was %s, machine %s", was, self.machine)
+        if lazy and was != "running":
+            log.warning("the VM was %s: start QEMU with -S to keep it so", was)
+
+    def check_elsewhere(self) -> None:
+        """HostError if the VM runs elsewhere and is not to run twice."""
+        if self.clone or self.comes_back:
+            return
+        if where := self.parked.running:
+            raise HostError(
+                f"{self.parked.path}: this VM runs elsewhere, {where}; serve a copy of"
+                " it with --clone"
+            )
+
+    def _opened(self) -> tuple[RamBlock, ...]:
+        rows = zip(self.parked.manifest.blocks, self.parked.blocks(), strict=True)
+        return tuple(
+            RamBlock(
+                idstr=block.name,
+                length=block.length,
+                page_size=block.page_size,
+                base=0,
+                guest_address=0,
+                fd=fd,
+                start=block.offset,
+            )
+            for block, fd in rows
+        )
+
+    @property
+    def kept(self) -> Mapping[str, int]:
+        return self._kept.found
+
+    def make_kept(self, name: str, length: int) -> int:
+        return self._kept.make(name, length)
+
+    async def keep(self, name: str, fd: int) -> None:
+        """It is kept since it was made."""
+
+    async def forget(self, name: str) -> None:
+        self._kept.forget(name)
+
+    async def wait_gone(self) -> NoReturn:
+        while True:
+            await trio.sleep_forever()
+
+    async def stop(self) -> None:
+        """It does not run."""
+
+    async def cont(self) -> None:
+        raise GuestError(
+            "a parked VM cannot run here: migrate it to a QEMU", request="cont"
+        )
+
+    async def save(self) -> bytes:
+        return self.parked.device_state
+
+    async def load(self, device: Device, state: bytes) -> None:
+        raise GuestError("a parked VM is complete and loads nothing", request="load")
+
+    async def quit(self) -> None:
+        """It does not run; what serves it still reads its files."""
+
+    def close(self) -> None:
+        self._kept.close()
+        self.parked.close()
+        self.blocks = ()

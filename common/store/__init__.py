@@ -1,0 +1,1 @@
+"""Parked VMs: a VM as a directory, complete or visibly not."""

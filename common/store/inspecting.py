@@ -1,0 +1,125 @@
+"""What a parked VM is, for people and for programs; reads all but the RAM."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from common.store.manifest import IMAGE, REGION
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from common.store.directory import Parked
+    from common.store.manifest import Block
+
+
+def facts(parked: Parked) -> dict[str, Any]:
+    """As a JSON object; sizes in bytes, `data` are those that are no holes."""
+    found = parked.manifest
+    blocks = [
+        {
+            "name": block.name,
+            "size": block.length,
+            "data": data_bytes(fd, block),
+            "page-size": block.page_size,
+            "file": block.file,
+            "offset": block.offset,
+        }
+        for block, fd in zip(found.blocks, parked.blocks(), strict=True)
+    ]
+    return {
+        "path": str(parked.path),
+        "machine": found.machine,
+        "run-state": found.run_state,
+        "running": parked.running,
+        "origin": found.origin,
+        "created": found.created,
+        "advised": found.advised,
+        "size": sum(block.length for block in found.blocks),
+        "data": sum(block["data"] for block in blocks),
+        "blocks": blocks,
+        "device-state": len(parked.early) + len(parked.device_state),
+        "devices": list(found.devices),
+        "checksums": sum(-(-block.length // REGION) for block in found.blocks),
+        "working-set": len(parked.working_set),
+        "description": parked.description,
+    }
+
+
+def data_bytes(fd: int, block: Block) -> int:
+    """Of the block, what is no hole; all of it where the file system cannot tell."""
+    total, at, end = 0, block.offset, block.offset + block.length
+    while at < end:
+        try:
+            data = min(os.lseek(fd, at, os.SEEK_DATA), end)
+            at = min(os.lseek(fd, data, os.SEEK_HOLE), end)
+        except OSError:
+            break  # ENXIO: a hole up to the end of the file
+        total += at - data
+    return total
+
+
+def describe(known: dict[str, Any]) -> Iterator[str]:
+    """The same in lines."""
+    yield f"machine      {known['machine']}"
+    yield f"VM           {_state(known)}"
+    yield f"origin       {known['origin'] or 'not known'}, {known['created']}"
+    yield f"RAM          {_size(known['size'])}, of which {_size(known['data'])} data"
+    width = max((len(block["name"]) for block in known["blocks"]), default=0)
+    for block in known["blocks"]:
+        yield f"  {block['name']:{width}}  {_block(block)}"
+    yield f"devices      {_devices(known)}"
+    yield (
+        f"checksums    of {known['checksums']} regions; srcd verify compares them with"
+        " the RAM"
+    )
+    yield f"working set  {_working_set(known['working-set'])}"
+    yield from _description(known["description"])
+
+
+def _state(known: dict[str, Any]) -> str:
+    if known["running"]:
+        return f"RUNS ELSEWHERE {known['running']}; serve copies of it with --clone"
+    if known["run-state"] == "running":
+        return "was running, and will be"
+    return f"was {known['run-state']}: start QEMU with -S to keep it so"
+
+
+def _block(block: dict[str, Any]) -> str:
+    pages = (
+        f", pages of {_size(block['page-size'])}" if block["page-size"] > 4096 else ""
+    )
+    place = f", at {block['offset']:#x} of {IMAGE}" if block["file"] == IMAGE else ""
+    return f"{_size(block['size'])}, {_size(block['data'])} data{pages}{place}"
+
+
+def _devices(known: dict[str, Any]) -> str:
+    size = _size(known["device-state"])
+    names = known["devices"]
+    if not names:
+        return f"{size} of state; which they are is not known"
+    return f"{size} of state of {len(names)}: {', '.join(names)}"
+
+
+def _working_set(pages: int) -> str:
+    return f"{pages} pages, sent first" if pages else "none yet"
+
+
+def _description(known: dict[str, Any]) -> Iterator[str]:
+    """What a destination needs; what has many lines is for --json."""
+    for name, value in known.items():
+        text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        lines = text.strip().splitlines()
+        if len(lines) > 1:
+            yield f"{name}: {len(lines)} lines, see --json"
+        else:
+            yield f"{name}: {''.join(lines)}"
+
+
+def _size(count: int) -> str:
+    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
+        if count >= unit:
+            exact = count % unit == 0
+            return f"{count // unit if exact else f'{count / unit:.1f}'} {name}"
+    return f"{count} bytes"

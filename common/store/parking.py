@@ -1,0 +1,309 @@
+"""A parked VM that is being filled: what a stream brings, until `commit`."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import trio
+
+from common.errors import HostError, StreamError
+from common.store import checksum, files, manifest, receiving
+from common.store.checksum import Extent, crc32c
+from common.store.locked import Directory, open_block
+from common.store.manifest import Block, Manifest
+from common.store.receiving import Advised
+from common.stream import fields, section, vmdesc
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from types import TracebackType
+
+MAX_DESCRIPTION: Final = 32 << 20  # bytes
+_KEPT: Final = "kept-"
+_KEPT_NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,30}", re.ASCII)
+
+
+class Parking:
+    """A directory that becomes a parked VM with `commit`.
+
+    Use `create` or `reopen`. The descriptors of the blocks are this object's.
+    """
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+        self.path = directory.path
+        self.configuration = b""
+        self.early = b""
+        self.advised = False
+        self.blocks: list[Block] = []
+        self.fds: list[int] = []
+        self._description: bytes | None = None
+        self._made = False  # the directory itself
+
+    @classmethod
+    def create(cls, path: str | Path) -> Self:
+        """A new directory, or one that is empty; HostError for any other."""
+        path = Path(path)
+        made = False
+        with files.named(path, "create"), suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+            made = True
+        directory = Directory(path)
+        try:
+            directory.lock(fcntl.LOCK_EX, "is in use by another process")
+            _check_empty(path)
+            receiving.begin(path)
+            files.sync_directory(path)
+            files.sync_directory(path.absolute().parent)
+        except BaseException:
+            directory.close()
+            raise
+        parking = cls(directory)
+        parking._made = made
+        return parking
+
+    @classmethod
+    def reopen(cls, path: str | Path) -> Self:
+        """An incomplete one as it was left, its blocks open; HostError."""
+        directory = Directory(Path(path))
+        parking = cls(directory)
+        try:
+            directory.lock(fcntl.LOCK_EX, "is in use by another process")
+            parking._recall()
+        except BaseException:
+            parking.close()
+            raise
+        return parking
+
+    @staticmethod
+    def is_left(path: str | Path) -> bool:
+        """Whether a process before this one has left an incomplete one and a record."""
+        path = Path(path)
+        return receiving.is_here(path) and any(path.glob(f"{_KEPT}*"))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
+        self.fds = []
+        self._directory.close()
+
+    def discard(self) -> None:
+        """Leave the place as it was before `create`; what came is lost."""
+        with files.named(self.path, "remove"):
+            for name in os.listdir(self.path):
+                os.unlink(self.path / name)
+            if self._made:
+                os.rmdir(self.path)
+
+    # -- what the stream brings, in its order
+
+    def set_configuration(self, content: bytes, *, advised: bool = False) -> None:
+        """The bytes behind the file header; was there an ADVISE behind them?"""
+        files.write(self.path / manifest.CONFIGURATION, content)
+        receiving.note(self.path, Advised(advised))
+        self.configuration, self.advised = content, advised
+
+    def set_early(self, content: bytes) -> None:
+        """The sections between the start of RAM and its first part."""
+        files.write(self.path / manifest.EARLY_STATE, content)
+        self.early = content
+
+    def set_description(self, content: Mapping[str, Any]) -> None:
+        """What is known of the VM besides its stream, for people."""
+        text = json.dumps(content, indent=1).encode("ascii")
+        if len(text) > MAX_DESCRIPTION:
+            raise HostError(f"a description of {len(text)} bytes is too long")
+        files.write(self.path / manifest.DESCRIPTION, text)
+        self._description = text
+
+    def add_block(self, name: str, length: int, page_size: int) -> int:
+        """The next RAM block of the stream: a file of zeroes to write to."""
+        file = manifest.block_file(len(self.blocks))
+        block = Block(name=name, length=length, page_size=page_size, file=file)
+        fd = files.create_sparse(self.path / file, length)
+        self._adopt(block, fd)
+        return fd
+
+    def add_block_in_place(self, block: Block) -> int:
+        """A RAM block that is in the file `image` already; read only."""
+        path = self.path / block.file
+        with files.named(path, "open"):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._adopt(block, fd)
+        return fd
+
+    def _adopt(self, block: Block, fd: int) -> None:
+        self.fds.append(fd)
+        self.blocks.append(block)
+        receiving.note(self.path, block)
+
+    # -- what a process after this one needs
+
+    @property
+    def kept(self) -> Mapping[str, int]:
+        """Lengths of the files that were kept here, by name; of a process before."""
+        with files.named(self.path, "read"):
+            return {
+                entry.name.removeprefix(_KEPT): entry.stat().st_size
+                for entry in os.scandir(self.path)
+                if entry.name.startswith(_KEPT)
+            }
+
+    def keep(self, name: str, length: int) -> int:
+        """A file of zeroes that is there until `commit`; the caller's descriptor.
+
+        It replaces one of that name, which stays as it is for who has it open.
+        """
+        path = self._kept_path(name)
+        with files.named(path, "create"), suppress(FileNotFoundError):
+            path.unlink()
+        return files.create_sparse(path, length)
+
+    def open_kept(self, name: str) -> int:
+        """One that a process before this one kept; the caller's descriptor."""
+        path = self._kept_path(name)
+        with files.named(path, "open"):
+            return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+    def forget(self, name: str) -> None:
+        path = self._kept_path(name)
+        with files.named(path, "remove"), suppress(FileNotFoundError):
+            path.unlink()
+
+    def _kept_path(self, name: str) -> Path:
+        if not _KEPT_NAME.fullmatch(name):
+            raise ValueError(f"not a name to keep a file under: {name!r}")
+        return self.path / (_KEPT + name)
+
+    # -- the end
+
+    async def commit(
+        self, device_state: bytes, text: bytes | None, run_state: str, origin: str
+    ) -> None:
+        """All has come: make it durable, then make it a parked VM.
+
+        `text` is the stream's description, where there was one. HostError leaves
+        it incomplete, and may be tried again.
+        """
+        devices = _devices(text)
+        sums = [await checksum.make(extent) for extent in self._extents()]
+        state = {
+            manifest.CONFIGURATION: self.configuration,
+            manifest.EARLY_STATE: self.early,
+            manifest.DEVICE_STATE: device_state,
+            manifest.CHECKSUMS: b"".join(sums),
+        }
+        if text is not None:
+            state[manifest.VMDESC] = text
+        if self._description is not None:
+            state[manifest.DESCRIPTION] = self._description
+        whole = Manifest(
+            machine=_machine(self.configuration),
+            blocks=tuple(self.blocks),
+            advised=self.advised,
+            run_state=run_state,
+            origin=origin[: manifest.MAX_TEXT],
+            created=manifest.now(),
+            devices=devices,
+            files={
+                name: manifest.File(len(content), crc32c(content))
+                for name, content in state.items()
+            },
+        )
+        await trio.to_thread.run_sync(self._finish, whole, state)
+
+    def _extents(self) -> Iterator[Extent]:
+        for block, fd in zip(self.blocks, self.fds, strict=True):
+            yield Extent(fd, block.length, block.offset)
+
+    def _finish(self, whole: Manifest, state: Mapping[str, bytes]) -> None:
+        for name, content in state.items():
+            files.write(self.path / name, content)
+        for file in sorted({block.file for block in self.blocks}):
+            files.sync(self.path / file)
+        files.sync_directory(self.path)
+        path = self.path / manifest.NAME
+        try:
+            files.replace(path, manifest.encode(whole))
+        except HostError:
+            # It may have its name already, and not for certain on the disk.
+            path.unlink(missing_ok=True)
+            raise
+        # It is complete; what only receiving needed does no harm if it stays.
+        with suppress(HostError, OSError):
+            for name in self.kept:
+                self.forget(name)
+            (self.path / receiving.NAME).unlink()
+
+    # -- what has come so far
+
+    def _recall(self) -> None:
+        _refuse_complete(self.path)
+        if not receiving.is_here(self.path):
+            raise HostError(f"{self.path} is not a parked VM, not even a part of one")
+        for fact in receiving.recall(self.path):
+            if isinstance(fact, Advised):
+                self.advised = fact.advised
+            else:
+                self.fds.append(open_block(self.path, fact, os.O_RDWR))
+                self.blocks.append(fact)
+        self.configuration = self._recalled(manifest.CONFIGURATION)
+        self.early = self._recalled(manifest.EARLY_STATE)
+        self._description = self._recalled(manifest.DESCRIPTION) or None
+
+    def _recalled(self, name: str) -> bytes:
+        path = self.path / name
+        return files.read(path, manifest.MAX_STATE) if path.exists() else b""
+
+
+def _check_empty(path: Path) -> None:
+    _refuse_complete(path)
+    if receiving.is_here(path):
+        raise HostError(
+            f"{path} holds a VM of which only a part arrived; resume that migration,"
+            " or remove the directory"
+        )
+    with files.named(path, "read"):
+        names = sorted(os.listdir(path))
+    if names:
+        raise HostError(
+            f"{path} is not empty: it holds {names[0]}; name a new directory"
+        )
+
+
+def _refuse_complete(path: Path) -> None:
+    if (path / manifest.NAME).exists():
+        raise HostError(f"{path} holds a parked VM already; name a new directory")
+
+
+def _devices(text: bytes | None) -> tuple[str, ...]:
+    if text is None:
+        return ()
+    try:
+        return tuple(one.name for one in vmdesc.lengths_untrusted(text))
+    except StreamError:
+        return ()  # it is kept for analysers; nothing here depends on it
+
+
+def _machine(configuration: bytes) -> str:
+    """Its name in the bytes that were kept of a stream."""
+    read = fields.over(configuration + section.EOF)
+    found, _ = section.read_configuration_untrusted(read)
+    return found.machine

@@ -1,0 +1,84 @@
+"""What a migration of a parked VM does besides: mark it, learn what it asks for."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from common.errors import ChannelLost, HostError, MigrationError, Refused
+from common.guest.stored import StoredGuest
+from common.native._native import lib
+
+if TYPE_CHECKING:
+    from common.guest.base import Guest
+    from srcd.pump import Pump
+
+log = logging.getLogger(__name__)
+
+MAX_PAGES: Final = int(lib.WORKING_SET_MAX)
+
+
+class Serving:
+    """One migration of the parked VM `guest`, whose pages `pump` sends.
+
+    `preempt`: the destination has a preempt channel, as it was found out.
+    """
+
+    def __init__(self, guest: StoredGuest, pump: Pump) -> None:
+        guest.check_elsewhere()
+        self.lazy = guest.lazy
+        self.preempt = False
+        self._guest = guest
+        self._pump = pump
+        self._first = guest.parked.working_set if guest.learns else ()
+        self._marked = False
+        pump.serve_stored(guest.parked.checksums(), self._first)
+
+    @classmethod
+    def of(cls, guest: Guest, pump: Pump) -> Serving | None:
+        """None: this guest is not parked. HostError if it runs elsewhere."""
+        if not isinstance(guest, StoredGuest):
+            return None
+        try:
+            return cls(guest, pump)
+        except HostError:
+            pump.close()
+            raise
+
+    @property
+    def state_after(self) -> str:
+        """QEMU's run state once the VM has gone; a copy can be served again."""
+        return "prelaunch" if self._guest.clone else "postmigrate"
+
+    async def mark_running(self, where: str) -> None:
+        """From now on the VM runs there; nobody may serve it a second time."""
+        if self._guest.clone or self._marked:
+            return
+        self._marked = True
+        try:
+            await trio.to_thread.run_sync(self._guest.parked.mark_running, where)
+        except HostError as error:
+            # It runs there all the same, and needs its pages.
+            log.error("no mark that the VM runs at %s: %s", where, error)
+
+    async def completed(self) -> None:
+        """All is there: remember what was asked for, for the next time."""
+        pages = tuple(dict.fromkeys((*self._first, *self._pump.asked)))[:MAX_PAGES]
+        if not self._guest.learns or pages == self._first:
+            return
+        try:
+            await trio.to_thread.run_sync(self._guest.parked.save_working_set, pages)
+        except HostError as error:
+            log.warning("the working set is not remembered: %s", error)
+
+
+def may_run(error: MigrationError) -> bool:
+    """Whether a QEMU that was told to run the VM may do so, after this error.
+
+    It does not if it refused, or closed in order: it answers before it runs.
+    """
+    if isinstance(error, ChannelLost):
+        return error.errno is not None
+    return not isinstance(error, Refused)

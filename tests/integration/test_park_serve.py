@@ -1,0 +1,494 @@
+"""srcd serves a parked VM to an unmodified QEMU: lazily, at once, by halves.
+
+The VM is a whole PC whose CPU adds to a word of each of 128 pages, in a circle:
+a page that was lost, or is an older one, is out of step with the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from support import counting_guest
+from support.daemons import Destination, Source
+from support.machine import MAIN, Machine
+from support.ram import MIB, PAGE
+
+from common.qmp.client import CommandFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = [pytest.mark.qemu, pytest.mark.userfaultfd]
+
+MEMORY = 32 * MIB
+COUNTED = (counting_guest.LAST - counting_guest.FIRST) // PAGE
+CRAWL = 64 * 1024  # bytes per second: postcopy does not end by itself
+FAST = 0
+PAUSED = "postcopy-paused"
+# Main memory that the CPU leaves alone, and that is all zero.
+EMPTY = 24 * MIB
+
+MODES = {
+    "plain": ("postcopy-ram",),
+    "preempt": ("postcopy-ram", "postcopy-preempt"),
+}
+both_modes = pytest.mark.parametrize("mode", MODES)
+EVERYWHERE = [(version, mode) for version in ("10", "7.2") for mode in MODES]
+
+
+def park(version: str, folder: Path, *, stopped: bool = False) -> Path:
+    """A VM in a directory of its own."""
+    parked = folder / "parked"
+    with (
+        Machine(memory=MEMORY, version=version, counting=True) as qemu,
+        Destination(folder, "--park", str(parked)) as dstd,
+    ):
+        qemu.ram[0].fill(1, counting_guest.LAST)
+        qemu.ram[0].bytes[EMPTY:] = bytes(MEMORY - EMPTY)
+        qemu.wait_for_counting()
+        if stopped:
+            qemu.execute("stop")
+        dstd.set_capabilities()
+        qemu.set_capabilities("return-path")
+        qemu.set_parameters(max_bandwidth=FAST)
+        qemu.migrate(dstd.listen())
+        qemu.wait_status("completed")
+        assert dstd.wait_status("completed", "failed") == "completed", dstd.said
+    return parked
+
+
+@pytest.fixture(scope="module")
+def originals() -> Iterator[dict[str, Path]]:
+    """A parked VM of each version of QEMU, made when it is asked for."""
+    with tempfile.TemporaryDirectory(prefix="pc-", dir="/tmp") as path:
+        yield Lazily(Path(path))
+
+
+class Lazily(dict[str, Path]):
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def __missing__(self, version: str) -> Path:
+        folder = self._folder / version
+        folder.mkdir()
+        self[version] = park(version, folder)
+        return self[version]
+
+
+@dataclass
+class Place:
+    """A parked VM of a test's own."""
+
+    folder: Path
+    parked: Path
+    version: str = "10"
+
+    @contextlib.contextmanager
+    def server(self, *options: str, name: str = "srcd") -> Iterator[Source]:
+        words = ("--parked", str(self.parked), *options)
+        with Source(self.folder, *words, name=name) as srcd:
+            srcd.set_capabilities()
+            srcd.set_parameters(max_bandwidth=FAST)
+            yield srcd
+
+    def machine(self, *arguments: str, **more: Any) -> Machine:
+        """A QEMU that waits for it."""
+        return Machine(
+            memory=MEMORY,
+            version=self.version,
+            counting=True,
+            incoming=True,
+            arguments=arguments,
+            **more,
+        )
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.parked / "manifest.json").read_text())
+        return found
+
+    @property
+    def regions(self) -> int:
+        return sum(-(-block["length"] // 65536) for block in self.manifest["blocks"])
+
+    @property
+    def pages(self) -> int:
+        return sum(block["length"] for block in self.manifest["blocks"]) // PAGE
+
+    def file_of(self, block: str) -> Path:
+        (found,) = (b for b in self.manifest["blocks"] if b["name"] == block)
+        return self.parked / str(found["file"])
+
+    @property
+    def marked(self) -> bool:
+        return (self.parked / "running").exists()
+
+    def digests(self) -> dict[str, str]:
+        """Of all files but those that serving may make."""
+        return {
+            path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in self.parked.iterdir()
+            if path.name not in ("running", "working-set")
+        }
+
+
+def copied(originals: dict[str, Path], version: str, folder: Path) -> Place:
+    shutil.copytree(originals[version], folder / "parked")
+    return Place(folder, folder / "parked", version)
+
+
+@pytest.fixture
+def place(originals: dict[str, Path], private_dir: Path) -> Place:
+    return copied(originals, "10", private_dir)
+
+
+def assert_unharmed(place: Place, qemu: Machine) -> None:
+    """All is there; the guest runs, and all that it does not write is as it was."""
+    before = counting_guest.counters(qemu.ram[0].bytes)
+    assert any(before), "the counters were lost"
+    qemu.wait_for_counting()
+    qemu.execute("stop")
+    counting_guest.assert_consistent(qemu.ram[0].bytes)
+    with place.file_of(MAIN).open("rb") as file:
+        file.seek(counting_guest.LAST)
+        assert qemu.ram[0].bytes[counting_guest.LAST :] == file.read()
+
+
+def complete(srcd: Source, qemu: Machine) -> None:
+    end = srcd.wait_status("completed", "failed", PAUSED)
+    assert end == "completed", (srcd.query(), srcd.said, qemu.stderr)
+    qemu.wait_status("completed")
+
+
+def start_slowly(srcd: Source, qemu: Machine, mode: str) -> None:
+    """Until the guest runs, and most of its memory is still to come."""
+    qemu.set_capabilities(*MODES[mode])
+    srcd.set_parameters(max_postcopy_bandwidth=CRAWL)
+    srcd.migrate(qemu.listen())
+    srcd.wait_status("postcopy-active")
+    qemu.wait_event("RESUME")
+
+
+def wait_for_requests(srcd: Source, count: int) -> None:
+    while srcd.ours["requested-pages"] < count:
+        assert srcd.query()["status"] == "postcopy-active", srcd.query()
+
+
+# --- there ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("version", "mode"), EVERYWHERE)
+def test_lazy(
+    originals: dict[str, Path], private_dir: Path, version: str, mode: str
+) -> None:
+    place = copied(originals, version, private_dir)
+    before = place.digests()
+    with place.server() as srcd, place.machine() as qemu:
+        qemu.set_capabilities(*MODES[mode])
+        srcd.migrate(qemu.listen())
+        complete(srcd, qemu)
+        assert_unharmed(place, qemu)
+        counted = srcd.ours
+        sent = srcd.query()["ram"]
+    assert counted["peer-is-dstd"] is False
+    assert counted["requested-pages"] > 0
+    assert counted["background-pages"] > 0
+    assert counted["verified-regions"] == place.regions
+    on_preempt = counted["urgent-pages"] if mode == "preempt" else 0
+    assert counted["urgent-pages-on-preempt"] == on_preempt
+    # QEMU 7 is done only when all that it asked for is there.
+    leaves_out = (version, mode) != ("7.2", "preempt")
+    assert (counted["left-out-pages"] > (MEMORY - EMPTY) // PAGE // 2) == leaves_out
+    everything = sent["normal"] + sent["duplicate"] + counted["left-out-pages"]
+    assert everything >= place.pages
+    assert place.marked
+    assert place.digests() == before
+
+
+@both_modes
+def test_runs_before_its_memory_is_there(place: Place, mode: str) -> None:
+    with place.server() as srcd, place.machine() as qemu:
+        start_slowly(srcd, qemu, mode)
+        wait_for_requests(srcd, COUNTED // 2)
+        assert srcd.query()["ram"]["remaining"] > MEMORY // 4
+        srcd.set_parameters(max_postcopy_bandwidth=FAST)
+        complete(srcd, qemu)
+        assert_unharmed(place, qemu)
+
+
+@both_modes
+def test_zero_page_on_request(place: Place, mode: str) -> None:
+    """It is sent to who asks, whether the scan has left it out or not."""
+    with place.server() as srcd, place.machine() as qemu:
+        start_slowly(srcd, qemu, mode)
+        wait_for_requests(srcd, COUNTED // 2)
+        before = srcd.query()["ram"]["duplicate"]
+        for number in range(8):
+            assert qemu.read(MEMORY - (number * 2 + 1) * PAGE, PAGE) == bytes(PAGE)
+        assert srcd.query()["ram"]["duplicate"] >= before + 8
+        srcd.set_parameters(max_postcopy_bandwidth=FAST)
+        complete(srcd, qemu)
+
+
+@pytest.mark.parametrize("version", ["10", "7.2"])
+def test_whole(originals: dict[str, Path], private_dir: Path, version: str) -> None:
+    place = copied(originals, version, private_dir)
+    with place.server("--restore", "precopy") as srcd, place.machine() as qemu:
+        srcd.migrate(qemu.listen())
+        complete(srcd, qemu)
+        assert "postcopy-active" not in srcd.statuses
+        assert_unharmed(place, qemu)
+        sent = srcd.query()["ram"]
+        assert sent["normal"] + sent["duplicate"] == place.pages
+        assert srcd.ours["verified-regions"] == place.regions
+    assert place.marked
+
+
+def test_whole_by_capability(place: Place) -> None:
+    with place.server() as srcd, place.machine() as qemu:
+        off = [{"capability": "postcopy-ram", "state": False}]
+        srcd.execute("migrate-set-capabilities", capabilities=off)
+        srcd.migrate(qemu.listen())
+        complete(srcd, qemu)
+        assert "postcopy-active" not in srcd.statuses
+        assert_unharmed(place, qemu)
+
+
+@both_modes
+def test_half_in_precopy(place: Place, mode: str) -> None:
+    with place.server("--restore", "precopy") as srcd, place.machine() as qemu:
+        srcd.set_capabilities("postcopy-ram")
+        qemu.set_capabilities(*MODES[mode])
+        srcd.set_parameters(max_bandwidth=16 * MIB)
+        srcd.migrate(qemu.listen())
+        srcd.wait_status("active")
+        while srcd.query()["ram"]["transferred"] < MIB:
+            pass
+        srcd.execute("migrate-start-postcopy")
+        complete(srcd, qemu)
+        assert "postcopy-active" in srcd.statuses
+        assert srcd.query()["ram"]["precopy-bytes"] >= MIB
+        assert srcd.ours["background-pages"] > 0
+        assert_unharmed(place, qemu)
+
+
+def test_paused_vm(private_dir: Path) -> None:
+    """A QEMU that was told so does not run it; lazily none knows by itself."""
+    place = Place(private_dir, park("10", private_dir, stopped=True))
+    assert place.manifest["run-state"] == "paused"
+    with place.server() as srcd, place.machine("-S") as qemu:
+        assert "-S" in srcd.said
+        qemu.set_capabilities("postcopy-ram")
+        srcd.migrate(qemu.listen())
+        complete(srcd, qemu)
+        assert qemu.execute("query-status")["status"] in ("paused", "prelaunch")
+        qemu.execute("cont")
+        assert_unharmed(place, qemu)
+
+
+@pytest.mark.parametrize("restore", ["lazy", "precopy"])
+def test_to_another_directory(place: Place, restore: str) -> None:
+    """dstd counts pages: it gets every one, and has the same VM then."""
+    other = Place(place.folder, place.folder / "other")
+    with (
+        place.server("--restore", restore) as srcd,
+        Destination(place.folder, "--park", str(other.parked)) as dstd,
+    ):
+        dstd.set_capabilities()
+        srcd.migrate(dstd.listen())
+        assert srcd.wait_status("completed", "failed", PAUSED) == "completed", srcd.said
+        assert dstd.wait_status("completed", "failed") == "completed"
+        assert srcd.ours["peer-is-dstd"] is True
+        assert srcd.ours["left-out-pages"] == 0
+    for name in ("configuration", "device-state", "checksums"):
+        there = (other.parked / name).read_bytes()
+        assert there == (place.parked / name).read_bytes(), name
+
+
+# --- cut --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("version", "mode"), EVERYWHERE)
+def test_recovery(
+    originals: dict[str, Path], private_dir: Path, version: str, mode: str
+) -> None:
+    place = copied(originals, version, private_dir)
+    with place.server() as srcd, place.machine() as qemu:
+        start_slowly(srcd, qemu, mode)
+        for number in range(2):
+            wait_for_requests(srcd, COUNTED // 4)
+            (srcd.execute("migrate-pause") if number else qemu.pause())
+            for side in (srcd, qemu):
+                side.wait_status(PAUSED)
+            uri = f"unix:{private_dir}/again-{number}"
+            qemu.recover(uri)
+            srcd.execute("migrate", uri=uri, resume=True)
+            for side in (srcd, qemu):
+                side.wait_status("postcopy-active")
+        srcd.set_parameters(max_postcopy_bandwidth=FAST)
+        complete(srcd, qemu)
+        assert_unharmed(place, qemu)
+
+
+# --- once -------------------------------------------------------------------------
+
+
+def test_it_runs_once(place: Place) -> None:
+    with place.server() as srcd, place.machine() as qemu:
+        assert not place.marked
+        with pytest.raises(RuntimeError, match="--clone"), place.server(name="second"):
+            pass
+        start_slowly(srcd, qemu, "plain")
+        assert place.marked
+        srcd.set_parameters(max_postcopy_bandwidth=FAST)
+        complete(srcd, qemu)
+        with pytest.raises(CommandFailed):
+            srcd.migrate("tcp:127.0.0.1:1")
+    with pytest.raises(RuntimeError, match=r"runs elsewhere.*--clone"), place.server():
+        pass
+
+
+def test_clones_at_once_and_again(place: Place) -> None:
+    with (
+        place.server("--clone", name="one") as one,
+        place.server("--clone", name="two") as two,
+        place.machine() as first,
+        place.machine() as second,
+        place.machine() as third,
+    ):
+        for srcd, qemu in ((one, first), (two, second)):
+            start_slowly(srcd, qemu, "plain")
+        for srcd, qemu in ((one, first), (two, second)):
+            srcd.set_parameters(max_postcopy_bandwidth=FAST)
+            complete(srcd, qemu)
+            assert_unharmed(place, qemu)
+        third.set_capabilities("postcopy-ram")
+        one.migrate(third.listen())
+        complete(one, third)
+        assert_unharmed(place, third)
+    assert not place.marked
+
+
+@pytest.mark.parametrize(
+    "other", [{"kind": "q35"}, {"arguments": ("-device", "pci-bridge,chassis_nr=1")}]
+)
+@pytest.mark.parametrize("restore", ["lazy", "precopy"])
+def test_other_machine_leaves_no_mark(
+    place: Place, restore: str, other: dict[str, Any]
+) -> None:
+    """QEMU refuses it: the one of another kind, or the one with a device less."""
+    if "kind" not in other:
+        source = Machine(memory=MEMORY, counting=True, **other)
+        shutil.rmtree(place.parked)
+        with (
+            source as qemu,
+            Destination(place.folder, "--park", str(place.parked)) as dstd,
+        ):
+            qemu.wait_for_counting()
+            dstd.set_capabilities()
+            qemu.set_capabilities("return-path")
+            qemu.migrate(dstd.listen())
+            qemu.wait_status("completed")
+    with place.server("--restore", restore) as srcd:
+        wrong = place.machine(**{k: v for k, v in other.items() if k == "kind"})
+        with wrong as qemu:
+            if restore == "lazy":
+                qemu.set_capabilities("postcopy-ram")
+            srcd.migrate(qemu.listen())
+            end = srcd.wait_status("completed", "failed", PAUSED)
+            assert end == "failed", srcd.said
+        assert not place.marked, srcd.said
+        assert not srcd.execute("query-status")["running"]
+        with place.machine(*other.get("arguments", ())) as qemu:
+            if restore == "lazy":
+                qemu.set_capabilities("postcopy-ram")
+            srcd.migrate(qemu.listen())
+            complete(srcd, qemu)
+    assert place.marked
+
+
+def test_destination_without_postcopy(place: Place) -> None:
+    with place.server() as srcd, place.machine() as qemu:
+        srcd.migrate(qemu.listen())
+        assert srcd.wait_status("completed", "failed", PAUSED) == "failed"
+    assert not place.marked
+
+
+# --- damaged ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("restore", ["lazy", "precopy"])
+def test_damage_is_named_and_not_sent(place: Place, restore: str) -> None:
+    at = 5 * MIB + 3 * PAGE
+    with place.file_of(MAIN).open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+    with place.server("--restore", restore) as srcd, place.machine() as qemu:
+        if restore == "lazy":
+            qemu.set_capabilities("postcopy-ram")
+        srcd.migrate(qemu.listen())
+        end = srcd.wait_status("completed", "failed", PAUSED)
+        assert end == (PAUSED if restore == "lazy" else "failed")
+        said = srcd.query()["error-desc"]
+        assert MAIN in said
+        assert f"{at // 65536 * 65536:#x}" in said
+        assert qemu.ram[0].bytes[at : at + 1] == b"\0"
+    assert place.marked == (restore == "lazy")
+
+
+def test_directory_that_is_no_parked_vm(private_dir: Path) -> None:
+    place = Place(private_dir, private_dir)
+    with pytest.raises(RuntimeError, match=r"manifest\.json"), place.server():
+        pass
+
+
+# --- the working set --------------------------------------------------------------
+
+
+@both_modes
+def test_working_set(place: Place, mode: str) -> None:
+    """What was asked for once is there before it is asked for."""
+    asked = []
+    for _ in range(2):
+        with place.server("--clone") as srcd, place.machine() as qemu:
+            start_slowly(srcd, qemu, mode)
+            if not asked:
+                wait_for_requests(srcd, COUNTED)
+            srcd.set_parameters(max_postcopy_bandwidth=FAST)
+            complete(srcd, qemu)
+            assert_unharmed(place, qemu)
+            asked.append(srcd.ours["requested-pages"])
+            first = srcd.ours["working-set-pages"]
+    assert first > COUNTED // 2
+    assert asked[1] < asked[0] // 2
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 12, bytes(1 << 12)])
+def test_malformed_working_set(place: Place, content: bytes) -> None:
+    (place.parked / "working-set").write_bytes(content)
+    with place.server() as srcd, place.machine() as qemu:
+        qemu.set_capabilities("postcopy-ram")
+        srcd.migrate(qemu.listen())
+        complete(srcd, qemu)
+        assert "working-set" in srcd.said
+        assert srcd.ours["working-set-pages"] == 0
+        assert_unharmed(place, qemu)
+
+
+def test_no_working_set(place: Place) -> None:
+    with place.server("--no-working-set") as srcd, place.machine() as qemu:
+        qemu.set_capabilities("postcopy-ram")
+        srcd.migrate(qemu.listen())
+        complete(srcd, qemu)
+    assert not (place.parked / "working-set").exists()

@@ -1,0 +1,36 @@
+"""A daemon is killed: the guest is where it can go on, and goes on there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from support.parking import Workshop, begin_parking
+
+from common.errors import HostError
+from common.store.directory import Parked
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = [pytest.mark.qemu, pytest.mark.linux, pytest.mark.userfaultfd]
+
+
+@pytest.mark.parametrize("version", ["10", "7.2"])
+def test_dstd_in_precopy(private_dir: Path, version: str) -> None:
+    """The guest runs on where it is, and can be parked elsewhere."""
+    with Workshop(private_dir, version=version) as shop:
+        guest = shop.boot()
+        guest.wait_busy()
+        with shop.parker() as dstd:
+            begin_parking(guest, dstd, "precopy")
+            guest.wait_counter("transferred", 1)
+            dstd.process.kill()
+            guest.wait_status("failed")
+        guest.wait_continued(guest.console())
+        with pytest.raises(HostError, match="incomplete"):
+            Parked.open(shop.parked)
+        shop.parked = private_dir / "elsewhere"
+        shop.park(guest, "precopy")
+        with Parked.open(shop.parked) as parked:
+            parked.verify()

@@ -1,0 +1,112 @@
+"""The link is cut ten times on the way in and on the way out; nothing is lost."""
+
+from __future__ import annotations
+
+import socket
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from support.linux_guest import LinuxGuest
+from support.parking import (
+    CRAWL,
+    FAST,
+    OUT,
+    Workshop,
+    begin_parking,
+    both_complete,
+    end,
+)
+from support.relay import Relay
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = [pytest.mark.qemu, pytest.mark.linux, pytest.mark.userfaultfd]
+
+CUTS = 10
+PAUSED = "postcopy-paused"
+PATIENCE = 30.0
+
+
+def remaining(source: Any) -> int:
+    found: int = source.query()["ram"]["remaining"]
+    return found
+
+
+def wait_for_pages(source: Any) -> None:
+    """Until some have been sent; there are others to come."""
+    start = remaining(source)
+    deadline = time.monotonic() + PATIENCE
+    while (left := remaining(source)) >= start:
+        assert time.monotonic() < deadline, f"{left} bytes remain"
+    assert left > 0
+
+
+def free_address() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"tcp:127.0.0.1:{server.getsockname()[1]}"
+
+
+def wait_status(sides: tuple[Any, Any], status: str) -> None:
+    for side in sides:
+        side.wait_status(status)
+
+
+def cut_and_recover(relay: Relay, source: Any, destination: Any) -> None:
+    """Ten times: half of them cleanly closed, half of them reset."""
+    for number in range(CUTS):
+        wait_for_pages(source)
+        for link in relay.links:
+            link.reset() if number % 2 else link.close()
+        relay.links.clear()
+        wait_status((source, destination), PAUSED)
+        uri = free_address()
+        # QEMU's main thread may itself be waiting for a page.
+        if isinstance(destination, LinuxGuest):
+            destination.recover(uri)
+        else:
+            destination.execute("migrate-recover", uri=uri)
+        source.execute("migrate", uri=relay.to(uri), resume=True)
+        wait_status((source, destination), "postcopy-active")
+        assert relay.links
+
+
+@pytest.mark.parametrize(
+    ("version", "into"), [("10", "postcopy"), ("10", "preempt"), ("7.2", "postcopy")]
+)
+def test_on_the_way_in(private_dir: Path, version: str, into: str) -> None:
+    with Workshop(private_dir, version=version) as shop, Relay() as relay:
+        guest = shop.boot()
+        guest.wait_busy()
+        with shop.parker() as dstd:
+            guest.set_parameters(max_postcopy_bandwidth=CRAWL)
+            begin_parking(guest, dstd, into, relay)
+            cut_and_recover(relay, guest, dstd)
+            guest.set_parameters(max_postcopy_bandwidth=FAST)
+            both_complete(guest, dstd)
+        end(guest)
+        before = guest.console()
+        shop.serve("lazy").wait_continued(before)
+
+
+@pytest.mark.parametrize(
+    ("version", "out"), [("10", "lazy"), ("10", "preempt"), ("7.2", "lazy")]
+)
+def test_on_the_way_out(private_dir: Path, version: str, out: str) -> None:
+    with Workshop(private_dir, version=version) as shop, Relay() as relay:
+        guest = shop.boot()
+        guest.wait_busy()
+        shop.park(guest, "precopy")
+        before = guest.console()
+        options, capabilities = OUT[out]
+        guest = shop.waiting(*capabilities)
+        with shop.server(*options) as srcd:
+            srcd.set_parameters(max_postcopy_bandwidth=CRAWL)
+            srcd.migrate(relay.to(guest.listen()))
+            wait_status((srcd, guest), "postcopy-active")
+            guest.wait_event("RESUME")
+            cut_and_recover(relay, srcd, guest)
+            srcd.set_parameters(max_postcopy_bandwidth=FAST)
+            both_complete(srcd, guest)
+        guest.wait_continued(before)

@@ -1,0 +1,194 @@
+"""Parks Linux guests and serves them again, as an operator would.
+
+    with Workshop(dir, machine="q35") as shop:
+        guest = shop.boot()
+        before = guest.wait_busy()
+        shop.park(guest, "postcopy")
+        guest = shop.serve("lazy")
+        guest.wait_continued(before)
+
+Each QEMU and each daemon is a process of its own, and all end with the workshop.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, Self
+
+from support.daemons import Destination, Source
+from support.linux_guest import LinuxGuest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from support.relay import Relay
+
+# How a guest gets into a directory, and what both sides have to be set to.
+INTO = {
+    "precopy": ("return-path",),
+    "postcopy": ("return-path", "postcopy-ram"),
+    "preempt": ("return-path", "postcopy-ram", "postcopy-preempt"),
+}
+# How it gets out: what srcd is told, and what QEMU has to be set to.
+OUT = {
+    "full": (("--restore", "precopy"), ()),
+    "lazy": ((), ("postcopy-ram",)),
+    "preempt": ((), ("postcopy-ram", "postcopy-preempt")),
+}
+SLOW = 16 << 20  # bytes per second; precopy is not over before postcopy starts
+CRAWL = 2 << 20  # bytes per second; there is time to cut a postcopy
+FAST = 0  # no limit
+
+
+class Workshop:
+    """A place for one guest: its directory, its disk, the QEMUs that it ran in."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        machine: str = "pc",
+        version: str = "10",
+        disk: bool = True,
+        arguments: Sequence[str] = (),
+    ) -> None:
+        self.directory = directory
+        self.parked = directory / "parked"
+        self.guests: list[LinuxGuest] = []
+        self.settings: dict[str, Any] = {
+            "machine": machine,
+            "version": version,
+            "disk": directory / "disk" if disk else None,
+        }
+        self._arguments = arguments
+        self._stack = ExitStack()
+        self._number = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def _name(self, program: str) -> str:
+        self._number += 1
+        return f"{program}-{self._number}"
+
+    # -- QEMU -----------------------------------------------------------------
+
+    def boot(self) -> LinuxGuest:
+        return self._qemu(earlier=[])
+
+    def waiting(self, *capabilities: str, arguments: Sequence[str] = ()) -> LinuxGuest:
+        """A QEMU for the guest to come to."""
+        qemu = self._qemu(earlier=self.guests, incoming=True, more=arguments)
+        qemu.set_capabilities(*capabilities)
+        return qemu
+
+    def clone(self, *capabilities: str) -> LinuxGuest:
+        """A QEMU for a copy of the guest; its console is its own."""
+        qemu = self._qemu(earlier=[], incoming=True)
+        qemu.set_capabilities(*capabilities)
+        return qemu
+
+    def _qemu(
+        self,
+        *,
+        earlier: list[LinuxGuest],
+        incoming: bool = False,
+        more: Sequence[str] = (),
+    ) -> LinuxGuest:
+        guest = LinuxGuest(
+            self.directory,
+            self._name("qemu"),
+            earlier=list(earlier),
+            incoming=incoming,
+            arguments=[*self._arguments, *more],
+            **self.settings,
+        )
+        self._stack.enter_context(guest)
+        self.guests.append(guest)
+        return guest
+
+    # -- the daemons ----------------------------------------------------------
+
+    @contextmanager
+    def parker(self, *options: str) -> Iterator[Destination]:
+        """A dstd that puts into the directory what comes."""
+        with Destination(
+            self.directory,
+            *("--park", str(self.parked)),
+            *options,
+            name=self._name("dstd"),
+        ) as dstd:
+            dstd.set_capabilities()
+            yield dstd
+
+    @contextmanager
+    def server(self, *options: str) -> Iterator[Source]:
+        """A srcd that has the directory's guest to give."""
+        with Source(
+            self.directory,
+            *("--parked", str(self.parked)),
+            *options,
+            name=self._name("srcd"),
+        ) as srcd:
+            srcd.set_capabilities()
+            yield srcd
+
+    # -- there and back -------------------------------------------------------
+
+    def park(self, guest: LinuxGuest, into: str) -> None:
+        """Until the guest is in the directory; its QEMU is ended then."""
+        with self.parker() as dstd:
+            begin_parking(guest, dstd, into)
+            guest.set_parameters(max_postcopy_bandwidth=FAST, max_bandwidth=FAST)
+            both_complete(guest, dstd)
+        end(guest)
+
+    def serve(self, out: str, *, arguments: Sequence[str] = ()) -> LinuxGuest:
+        """Until the guest is wholly in a new QEMU, which has these arguments, too."""
+        options, capabilities = OUT[out]
+        guest = self.waiting(*capabilities, arguments=arguments)
+        with self.server(*options) as srcd:
+            srcd.set_parameters(max_bandwidth=FAST)
+            srcd.migrate(guest.listen())
+            both_complete(srcd, guest)
+        return guest
+
+
+def begin_parking(
+    guest: LinuxGuest, dstd: Destination, into: str, relay: Relay | None = None
+) -> None:
+    """Until it is on its way, by precopy or by postcopy."""
+    guest.set_capabilities(*INTO[into])
+    guest.set_parameters(max_bandwidth=SLOW)
+    uri = dstd.listen()
+    guest.migrate(relay.to(uri) if relay else uri)
+    guest.wait_status("active")
+    if into != "precopy":
+        guest.start_postcopy()
+        guest.wait_status("postcopy-active")
+        dstd.wait_status("postcopy-active")
+
+
+def both_complete(source: Any, destination: Any) -> None:
+    """Of any two kinds of ends."""
+    for side in (source, destination):
+        if isinstance(side, LinuxGuest):
+            side.wait_status("completed")
+        else:
+            found = side.wait_status("completed", "failed")
+            other = destination if side is source else source
+            assert found == "completed", (side.query(), side.said, words_of(other))
+
+
+def words_of(side: Any) -> str:
+    return side.stderr if isinstance(side, LinuxGuest) else side.said
+
+
+def end(guest: LinuxGuest) -> None:
+    """A guest that has been parked must not run here again."""
+    guest.execute("quit")
+    guest.process.wait(30)
