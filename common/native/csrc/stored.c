@@ -31,9 +31,6 @@ struct result stored_open(struct stored *st, struct ram *ram,
     if (!st->blocks) {
         return result_errno(RESULT_HOST, "table of stored RAM", ENOMEM);
     }
-    for (uint32_t i = 0; i < ram->count; i++) {
-        st->blocks[i].left_out.fd = st->blocks[i].checksums.verified.fd = -1;
-    }
     for (uint32_t i = 0; i < ram->count && RESULT_IS_OK(r); i++) {
         r = open_block(&st->blocks[i], &ram->blocks[i], checksums);
         if (checksums) {
