@@ -189,6 +189,9 @@ class Cable:
         subprocess.run(words, check=True)
         for end, address in enumerate(self._ADDRESSES):
             self._run(end, "ip", "address", "add", address, "dev", "cable")
+            # Who has asked in vain asks again before a connection is given up.
+            asks = ("change", "name", "arp_cache", "dev", "cable", "retrans", "50")
+            self._run(end, "ip", "ntable", *asks)
             self._run(end, "ip", "link", "set", "cable", "up")
         return self
 
