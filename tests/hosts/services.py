@@ -129,8 +129,16 @@ class Move:
         """After it is completed: the guest may go to where it came from."""
         self.end()
         self.src.host.systemctl("stop", self.src.guest)
-        self.src.host.write(f"{ETC}/{self.name}.guest", f"OPTIONS='{EMPTY}'\n")
+        files(self.src.host, self.name, EMPTY)
+        files(self.dst.host, self.name, "")
         return Move(self.bed, self.name, back=True)
+
+    def to_precopy(self) -> None:
+        """On its way, and slow enough to be interrupted; `incoming` is in the file."""
+        self.src.set_capabilities()
+        self.src.set_parameters(max_bandwidth=SLOW)
+        self.src.migrate(self.there)
+        self.src.wait_status("active")
 
     # --- to the middle of postcopy --------------------------------------------
 
@@ -221,15 +229,17 @@ def moving(
     *lines: str,
     area: str = "48M",
     peer_timeout: int = PEER_TIMEOUT,
+    incoming: str = "defer",
 ) -> Iterator[Move]:
     """A guest of this name at the source, an empty one at the destination.
 
-    `area` is what the guest writes; `lines` are more of both configurations.
+    `area` is what the guest writes, `incoming` where the destination listens at
+    once; `lines` are more of both configurations.
     """
     lines = (f"peer-timeout = {peer_timeout}", *lines)
     work = f'--append "area={area} write-rate=8M"'
     files(bed.source, name, f"{MEMORY} --kernel {KERNEL} {work}", *lines)
-    files(bed.destination, name, EMPTY, *lines)
+    files(bed.destination, name, EMPTY, f'incoming = "{incoming}"', *lines)
     move = Move(bed, name)
     try:
         move.begin()
