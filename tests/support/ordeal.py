@@ -40,9 +40,14 @@ PAGES = range(1, 40)
 
 
 class Ordeal:
-    """What `ends` go through; `random` says when, and what else is by chance."""
+    """What `ends` go through; `random` says when, and what else is by chance.
 
-    def __init__(self, ends: Ends, random: random.Random) -> None:
+    `memory` is a descriptor of the guest's; without it the daemon's child has it.
+    """
+
+    def __init__(
+        self, ends: Ends, random: random.Random, memory: int | None = None
+    ) -> None:
         self.ends = ends
         self.random = random
         self.counted: Counter[str] = Counter()
@@ -50,7 +55,7 @@ class Ordeal:
         self.pauses: Counter[str] = Counter()
         """How often each end has said that it is paused."""
         self.restarts: Counter[str] = Counter()
-        self._memory = guest_memory(ends.dst.process.pid)
+        self._memory = memory or guest_memory(_child(ends.dst.process.pid))
         self._last = 0
 
     def suffer(self, strike: Strike) -> None:
@@ -67,7 +72,7 @@ class Ordeal:
         """End daemons with a signal and start them again; they come up paused."""
         sides = [getattr(self.ends, name) for name in names]
         for side in sides:
-            self._note(side)
+            self.note(side)
         for side in sides:
             side.end(number)
         for side in sides:
@@ -114,7 +119,7 @@ class Ordeal:
         ends.src.set_parameters(max_postcopy_bandwidth=0)
         ends.wait_both("completed")
         for side in (ends.src, ends.dst):
-            self._note(side)
+            self.note(side)
             assert "error-desc" not in side.query()
         os.close(self._memory)
         assert self.counted["duplicate-pages"] == 0, "a page was placed twice"
@@ -122,7 +127,8 @@ class Ordeal:
         assert (self.counted["preempt-pages"] > 0) == ends.preempt
         return assert_unharmed(ends.dst, ends.before)
 
-    def _note(self, side: Any) -> None:
+    def note(self, side: Any) -> None:
+        """Before a daemon ends: what it has counted."""
         ours = side.ours
         assert ours.get("duplicate-pages", 0) == 0, "a page was placed twice"
         self.counted.update({k: v for k, v in ours.items() if isinstance(v, int)})
@@ -146,11 +152,18 @@ class Ordeal:
         self._last = now.counter
 
 
-def guest_memory(daemon: int) -> int:
-    """A descriptor of the memory of the guest that a daemon has started."""
-    for task in Path(f"/proc/{daemon}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            for fd in Path(f"/proc/{child}/fd").iterdir():
-                if os.readlink(fd).startswith("/memfd:") and fd.stat().st_size > ENOUGH:
-                    return os.open(fd, os.O_RDONLY)
-    raise LookupError(f"process {daemon} has no guest")
+def guest_memory(process: Path) -> int:
+    """A descriptor of the memory of a guest, whose folder of /proc this is."""
+    for fd in (process / "fd").iterdir():
+        if os.readlink(fd).startswith("/memfd:") and fd.stat().st_size > ENOUGH:
+            return os.open(fd, os.O_RDONLY)
+    raise LookupError(f"{process} has no memory of a guest")
+
+
+def _child(daemon: int) -> Path:
+    (child,) = [
+        child
+        for task in Path(f"/proc/{daemon}/task").iterdir()
+        for child in (task / "children").read_text().split()
+    ]
+    return Path(f"/proc/{child}")
