@@ -37,9 +37,9 @@ ETC = "/etc/postcopyd"
 RUN = "/run/postcopyd"
 KERNEL = "/usr/share/postcopyd/test-guest.elf"
 MEMORY = "--memory 64M"
+EMPTY = f"{MEMORY} --incoming"
 PORT = 4444
 LISTEN = f"tcp:0.0.0.0:{PORT}"
-THERE = f"tcp:{ADDRESSES['destination']}:{PORT}"
 PEER_TIMEOUT = 1  # seconds
 PATIENCE = 60.0
 # Bytes per second: long enough in postcopy to be interrupted.
@@ -100,11 +100,13 @@ class DestinationUnit(Unit, Destination):
 class Move:
     """One guest: both ends, what breaks between them, and what is left to do."""
 
-    def __init__(self, bed: Bed, name: str) -> None:
+    def __init__(self, bed: Bed, name: str, *, back: bool = False) -> None:
+        source, destination = reversed(bed.hosts) if back else bed.hosts
         self.bed = bed
         self.name = name
-        self.src = SourceUnit(bed.source, name)
-        self.dst = DestinationUnit(bed.destination, name)
+        self.there = f"tcp:{ADDRESSES[destination.name]}:{PORT}"
+        self.src = SourceUnit(source, name)
+        self.dst = DestinationUnit(destination, name)
         self.preempt = False
 
         self.sides: tuple[Unit, Unit] = (self.src, self.dst)
@@ -116,6 +118,28 @@ class Move:
             side.connect()
         self.before = self.src.wait_report(lambda r: r.filled and r.checked > 0)
 
+    def end(self) -> None:
+        """Nothing of it runs any more; of a guest that has moved, nothing here."""
+        for side in self.sides:
+            if hasattr(side, "qmp"):
+                side.qmp.close()
+            side.host.systemctl("stop", side.socket, side.unit)
+
+    def way_back(self) -> Move:
+        """After it is completed: the guest may go to where it came from."""
+        self.end()
+        self.src.host.systemctl("stop", self.src.guest)
+        files(self.src.host, self.name, EMPTY)
+        files(self.dst.host, self.name, "")
+        return Move(self.bed, self.name, back=True)
+
+    def to_precopy(self) -> None:
+        """On its way, and slow enough to be interrupted; `incoming` is in the file."""
+        self.src.set_capabilities()
+        self.src.set_parameters(max_bandwidth=SLOW)
+        self.src.migrate(self.there)
+        self.src.wait_status("active")
+
     # --- to the middle of postcopy --------------------------------------------
 
     def to_postcopy(self, *capabilities: str) -> None:
@@ -125,7 +149,7 @@ class Move:
         prepare(self.src, self.dst, *capabilities)
         self.src.set_parameters(max_bandwidth=SLOW, max_postcopy_bandwidth=SLOW)
         self.dst.execute("migrate-incoming", uri=LISTEN)
-        self.src.migrate(THERE)
+        self.src.migrate(self.there)
         self.src.wait_status("active")
         self.src.execute("migrate-start-postcopy")
         self.src.wait_status("postcopy-active")
@@ -174,7 +198,7 @@ class Move:
 
     def try_resume(self) -> bool:
         """Whether it goes on, or else is paused again."""
-        self.src.execute("migrate", uri=THERE, resume=True)
+        self.src.execute("migrate", uri=self.there, resume=True)
         ends = ("postcopy-active", "completed", "postcopy-paused")
         return self.src.wait_query(*ends)["status"] != "postcopy-paused"
 
@@ -205,23 +229,24 @@ def moving(
     *lines: str,
     area: str = "48M",
     peer_timeout: int = PEER_TIMEOUT,
+    incoming: str = "defer",
 ) -> Iterator[Move]:
     """A guest of this name at the source, an empty one at the destination.
 
-    `area` is what the guest writes; `lines` are more of both configurations.
+    `area` is what the guest writes, `incoming` where the destination listens at
+    once; `lines` are more of both configurations.
     """
     lines = (f"peer-timeout = {peer_timeout}", *lines)
     work = f'--append "area={area} write-rate=8M"'
     files(bed.source, name, f"{MEMORY} --kernel {KERNEL} {work}", *lines)
-    files(bed.destination, name, f"{MEMORY} --incoming", *lines)
+    files(bed.destination, name, EMPTY, f'incoming = "{incoming}"', *lines)
     move = Move(bed, name)
     try:
         move.begin()
         yield move
     finally:
         print(move.src.said, move.dst.said, sep="\n")
+        move.end()
         for side in move.sides:
-            if hasattr(side, "qmp"):
-                side.qmp.close()
-            side.host.systemctl("stop", side.socket, side.unit, side.guest)
+            side.host.systemctl("stop", side.guest)
         bed.link.mend()

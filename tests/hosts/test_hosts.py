@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from hosts.services import LISTEN, THERE, moving
+from hosts.services import LISTEN, moving
 from support.daemons import POSTCOPY, PREEMPT, prepare
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def test_precopy(bed: Bed, name: str) -> None:
         prepare(move.src, move.dst)
         move.dst.execute("migrate-incoming", uri=LISTEN)
         move.src.set_parameters(max_bandwidth=0)
-        move.src.migrate(THERE)
+        move.src.migrate(move.there)
         move.wait_completed()
         assert move.dst.ours["precopy-pages"] > 0
         assert not move.src.execute("query-status")["running"]
@@ -95,6 +95,23 @@ def test_postcopy(bed: Bed, name: str, capabilities: tuple[str, ...]) -> None:
         move.complete()
         assert move.dst.ours["postcopy-pages"] > 0
         assert (move.dst.ours["preempt-pages"] > 0) == move.preempt
+
+
+def test_there_and_back(bed: Bed, name: str) -> None:
+    """The same guest's process is at first a destination and then a source."""
+    with moving(bed, name) as move:
+        move.to_postcopy()
+        move.complete()
+        process = move.dst.host.show(move.dst.guest, "MainPID")
+        back = move.way_back()
+        try:
+            back.begin()
+            assert back.src.host.show(back.src.guest, "MainPID") == process
+            back.to_postcopy()
+            back.complete()
+            assert back.dst.ours["postcopy-pages"] > 0
+        finally:
+            back.end()
 
 
 def test_a_long_and_bad_line(bed: Bed, name: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from hosts.services import moving
+from hosts.services import LISTEN, moving
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,6 +80,25 @@ def test_recovers_by_itself(bed: Bed, name: str, blow: str) -> None:
         BLOWS[blow](move)
         move.reconnect()
         assert others(move, daemons)
+        move.wait_completed()
+
+
+@pytest.mark.parametrize("blow", [*BLOWS, "network"])
+def test_precopy_begins_again(bed: Bed, name: str, blow: str) -> None:
+    """The guest runs on at the source; the destination waits for it once more."""
+    with moving(bed, name, incoming=LISTEN) as move:
+        move.to_precopy()
+        if blow == "network":
+            bed.link.drop()
+            move.src.wait_status("failed")
+            bed.link.repair()
+        else:
+            BLOWS[blow](move)
+        move.dst.host.wait(move.dst.unit, "StatusText", "setup: waiting at")
+        move.reconnect()
+        assert move.src.execute("query-status")["running"]
+        move.src.set_parameters(max_bandwidth=0)
+        move.src.migrate(move.there)
         move.wait_completed()
 
 

@@ -32,6 +32,20 @@ def _ssh(bed: Bed) -> None:
     bed.source.write("/root/.ssh/config", "ConnectTimeout 2\nBatchMode yes\n")
 
 
+EXAMPLES = "/usr/share/doc/postcopyd/examples"
+
+
+def script(move: Move) -> tuple[int, str]:
+    """The document's script, which needs nothing but a shell and ssh."""
+    words = (
+        f"srcd proxy --qmp /run/postcopyd/srcd-{move.name}.qmp",
+        f"ssh destination dstd proxy --qmp /run/postcopyd/dstd-{move.name}.qmp",
+    )
+    done = move.src.host.run(f"{EXAMPLES}/recover.sh", *words, move.there)
+    print(done.stdout, done.stderr)
+    return done.returncode, done.stdout + done.stderr
+
+
 def recover(move: Move) -> tuple[int, str]:
     """The exit status, and what it said."""
     control = f"/run/postcopyd/{move.src.program}-{move.name}.qmp"
@@ -61,6 +75,17 @@ def test_a_network_that_is_back(bed: Bed, name: str, broken: str) -> None:
         bed.link.repair()
         assert recover(move)[0] == DONE
         move.wait_pages(50)
+        move.complete()
+
+
+def test_by_script(bed: Bed, name: str) -> None:
+    with moving(bed, name) as move:
+        move.to_postcopy()
+        bed.link.drop()
+        move.src.wait_query("postcopy-paused")
+        assert script(move)[0] == PAUSED
+        bed.link.repair()
+        assert script(move)[0] == DONE
         move.complete()
 
 

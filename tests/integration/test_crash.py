@@ -6,7 +6,6 @@ The guest's process outlives it, and the daemon after it comes up paused.
 from __future__ import annotations
 
 import signal
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,7 +19,6 @@ from support.daemons import (
     prepare,
 )
 from support.recovery import GUEST, LITTLE, SLOW, both_ways, in_postcopy
-from support.report import PAGE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -183,7 +181,7 @@ def test_the_limit_holds(tmp_path: Path) -> None:
         kill(ends, "src")
         ends.recover()
         ends.wait_both("postcopy-active")
-        begun = time.monotonic()
-        ends.wait_pages(2 * SLOW // PAGE)
-        assert time.monotonic() - begun > 0.5
+        # Without it everything has come before the guest asks for so much.
+        while ends.src.ours["urgent-pages"] < 500:
+            assert ends.src.query()["status"] == "postcopy-active"
         ends.complete()

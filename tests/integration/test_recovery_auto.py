@@ -204,6 +204,29 @@ def test_an_order_takes_the_place_of_an_attempt(private_dir: Path) -> None:
         ends.complete()
 
 
+@pytest.mark.parametrize("sides", [("dst",), ("src",), ("src", "dst")], ids="-".join)
+def test_a_daemon_that_was_killed(private_dir: Path, sides: tuple[str, ...]) -> None:
+    """The next one knows what was switched on, and where the other end is."""
+    with recovering(private_dir, first_delay=0, greatest_delay=1) as ends:
+        daemons = [getattr(ends, side) for side in sides]
+        for daemon in daemons:
+            daemon.end()
+        for daemon in daemons:
+            daemon.start()
+        wait_recovered(ends)
+        assert all("taking up what" in daemon.said for daemon in daemons)
+        ends.src.statuses.clear()
+        ends.dst.statuses.clear()
+        ends.complete()
+
+
+def wait_recovered(ends: Ends) -> None:
+    """A new source may have done it before anybody listens to its events."""
+    deadline = time.monotonic() + 60
+    while not recovery(ends)["recovered"]:
+        assert time.monotonic() < deadline, ends.src.query()
+
+
 def test_a_lost_listener_is_opened_again(private_dir: Path) -> None:
     """Somebody has removed its socket's name."""
     path = private_dir / "again"

@@ -1,14 +1,20 @@
-"""The scripts of docs/recovery.md, as they stand, from a migration that is paused."""
+"""What docs/recovery.md shows, as it stands, from a migration that is paused."""
 
 from __future__ import annotations
 
+import json
+import shlex
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from integration.test_documents import ROOT, blocks
 from support.daemons import POSTCOPY, Source
 from support.recover import EXAMPLES, INTERPRETERS, SCRIPTS, run
 from support.recovery import LITTLE, in_postcopy
+
+from dstd.cli import parse as parse_dstd
+from srcd.cli import parse as parse_srcd
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,6 +25,9 @@ if TYPE_CHECKING:
 
 pytestmark = [pytest.mark.userfaultfd]
 
+RUNBOOK = ROOT / "docs" / "recovery.md"
+# Where it says that the destination listens.
+SHOWN = "tcp:10.0.0.2:4444"
 scripts = pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 DONE, FAILED, USAGE = range(3)
 
@@ -85,3 +94,47 @@ def test_nothing_to_recover(private_dir: Path, script: Callable[..., Run]) -> No
     with Source(private_dir, *LITTLE) as src:
         done = script(src.qmp_path, src.qmp_path, "unix:/nowhere")
         assert done.returncode == FAILED, done
+
+
+def shown(heading: str, uri: str) -> list[dict[str, Any]]:
+    """The commands under that heading, but for the negotiation."""
+    found = [b for b in blocks(RUNBOOK) if b.heading == heading]
+    (text,) = [block for block in found if block.language == "json"]
+    lines = [json.loads(line.replace(SHOWN, uri)) for line in text.lines]
+    assert lines.pop(0) == {"execute": "qmp_capabilities"}
+    return lines
+
+
+def test_by_hand(private_dir: Path) -> None:
+    with in_postcopy(private_dir, POSTCOPY) as ends:
+        for link in ends.relay.wait_links(1):
+            link.reset()
+        ends.assert_paused()
+        uri = free_address()
+        for side, heading in (
+            (ends.dst, "First the destination"),
+            (ends.src, "Then the source"),
+        ):
+            for line in shown(heading, uri):
+                side.qmp.execute(line["execute"], line.get("arguments"))
+        goes_on(ends)
+
+
+def test_its_command_lines_are_taken() -> None:
+    lines = [line for b in blocks(RUNBOOK) if b.language == "sh" for line in b.lines]
+    words = [shlex.split(line) for line in lines]
+    ours = [line for line in words if line[0] in ("srcd", "dstd")]
+    assert len(ours) >= 4
+    for program, *rest in ours:
+        assert {"srcd": parse_srcd, "dstd": parse_dstd}[program](rest)
+    for program, *_ in words:
+        if program.startswith("docs/examples/"):
+            assert (ROOT / program).exists()
+
+
+def test_its_table_of_the_file_is_taken(tmp_path: Path) -> None:
+    (table,) = [b.text for b in blocks(RUNBOOK) if b.language == "toml"]
+    file = tmp_path / "config.toml"
+    file.write_text(f'qmp = ["q"]\nmemory = "1G"\n{table}')
+    for parse in (parse_srcd, parse_dstd):
+        assert parse(["serve", "--config", str(file)]).parameters

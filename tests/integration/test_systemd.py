@@ -458,8 +458,8 @@ class DestinationUnit(Unit, Destination):
 
 
 @contextmanager
-def a_host(destination: Path, folder: Path) -> Iterator[Host]:
-    files = unit_files("here", GUEST) | unit_files("there", "--incoming")
+def a_host(destination: Path, folder: Path, guest: str = GUEST) -> Iterator[Host]:
+    files = unit_files("here", guest) | unit_files("there", "--incoming")
     logged = ("dstd@there", "postcopyd-guest@here", "postcopyd-guest@there")
     drop_ins = {f"{unit}.service": LOGGED for unit in logged}
     drop_ins["srcd@here.service"] = QUICK
