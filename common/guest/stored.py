@@ -30,8 +30,8 @@ class StoredGuest:
 
     Not as a `clone` it runs once: it is refused when it runs elsewhere already.
     `lazy`: it is to run before its RAM is there. `learns`: what it asks for first
-    is remembered for the next time. `beside`: the beginning of the paths of files
-    that are to outlive the daemon; the directory is not written to.
+    is remembered for the next time. `beside`: where a clone's files that
+    are to outlive the daemon begin; many may be served from one directory.
     """
 
     device: Device | None = None
@@ -60,7 +60,8 @@ class StoredGuest:
             raise
         self.comes_back = False
         """Whether it is the daemon before this one that made it run elsewhere."""
-        self._kept = KeptFiles(beside)
+        # Of one that runs once, the directory alone is enough to go on with it.
+        self._kept = KeptFiles(beside if clone else f"{directory}/serving")
         self.machine = self.parked.manifest.machine
         self.clone = clone
         self.lazy = lazy
