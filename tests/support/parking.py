@@ -12,11 +12,13 @@ Each QEMU and each daemon is a process of its own, and all end with the workshop
 
 from __future__ import annotations
 
+import socket
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 from support.daemons import Destination, Source
 from support.linux_guest import LinuxGuest
+from support.qemu import QemuProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -176,7 +178,7 @@ def begin_parking(
 def both_complete(source: Any, destination: Any) -> None:
     """Of any two kinds of ends."""
     for side in (source, destination):
-        if isinstance(side, LinuxGuest):
+        if isinstance(side, QemuProcess):
             side.wait_status("completed")
         else:
             found = side.wait_status("completed", "failed")
@@ -184,8 +186,31 @@ def both_complete(source: Any, destination: Any) -> None:
             assert found == "completed", (side.query(), side.said, words_of(other))
 
 
+def wait_status(sides: tuple[Any, Any], status: str) -> None:
+    for side in sides:
+        side.wait_status(status)
+
+
+def recover(source: Any, destination: Any, relay: Relay | None = None) -> None:
+    """From a pause on both sides until pages come again."""
+    uri = _free_address()
+    # Out of band: QEMU's main thread may itself be waiting for a page.
+    if isinstance(destination, QemuProcess):
+        destination.recover(uri)
+    else:
+        destination.execute("migrate-recover", uri=uri)
+    source.execute("migrate", uri=relay.to(uri) if relay else uri, resume=True)
+    wait_status((source, destination), "postcopy-active")
+
+
+def _free_address() -> str:
+    """While it is paused, QEMU does not tell which port it has chosen."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"tcp:127.0.0.1:{server.getsockname()[1]}"
+
+
 def words_of(side: Any) -> str:
-    return side.stderr if isinstance(side, LinuxGuest) else side.said
+    return side.stderr if isinstance(side, QemuProcess) else side.said
 
 
 def end(guest: LinuxGuest) -> None:
