@@ -281,8 +281,11 @@ class IncomingMigration:
                 link.loader.advise()
             case command.SwitchoverStart():
                 pass
+            case command.AdviseEmpty() if self._parking:
+                pass  # capability dirty-bitmaps; it matters if there are any
             case command.Layout() if link.peer.is_srcd:
-                self.memory.expect_untrusted(found)
+                if not self._parking:
+                    self.memory.expect_untrusted(found)
             case _:
                 raise StreamError("command that does not belong here", got=found)
 
@@ -304,7 +307,9 @@ class IncomingMigration:
         )
         self.admission.check_blocks(blocks)
         if self._parking:
-            self._parking.adopt(self.admission.configuration, blocks, advised=advised)
+            await self._parking.adopt(
+                self.admission.configuration, blocks, advised=advised
+            )
             self.memory.adopt(self.guest)
         # Not before: a source that is refused must not cost us what we hold.
         await trio.to_thread.run_sync(self.memory.empty)
@@ -336,12 +341,14 @@ class IncomingMigration:
                     self._devices.early += await receive_early_untrusted(
                         link.main, bytes([kind]), link.section_id
                     )
-                    self._parking.set_early(self._devices.early)
+                    await self._parking.set_early(self._devices.early)
                 case c.QEMU_VM_SECTION_START:
                     await self._refuse_start(link)
                 # A background snapshot has no END.
-                case c.QEMU_VM_SECTION_FULL if self._devices.opaque and (
-                    link.loader.ended or self._parking
+                case c.QEMU_VM_SECTION_FULL if (
+                    self._devices.opaque
+                    and (link.loader.ended or self._parking)
+                    and self.postcopy.now in (P.NONE, P.ADVISE)
                 ):
                     ending = await receive_ending_untrusted(
                         link.main, bytes([kind]), self._devices.early
@@ -395,8 +402,10 @@ class IncomingMigration:
     async def _arrive(self, link: Connection) -> None:
         """All is here: load the device state, take the guest over, run it."""
         await self._devices.load()
-        if self._parking:
+        if self._parking and link.peer.return_path:
             await self._park(self._parking)
+        elif self._parking:
+            await self._park_surely(self._parking)
         if link.peer.is_srcd:
             await link.peer.say(returnpath.Pong(c.PING_LOADED))
             await link.peer.wait_for_commit()
@@ -408,6 +417,7 @@ class IncomingMigration:
 
     async def _start_guest(self, run: bool) -> None:
         if self._parking:
+            self._parking.irreplaceable = True
             return
         if run:
             await self.guest.cont()
@@ -477,6 +487,8 @@ class IncomingMigration:
     ) -> None:
         """Load the device state, say so, and run the guest."""
         await self._devices.load()
+        if self._parking:
+            self._parking.irreplaceable = True
         self._loaded = True
         for value in package.pings:
             await peer.say(returnpath.Pong(value))
@@ -627,7 +639,6 @@ class IncomingMigration:
             "running" if devices.running else "paused",
             f"migration from {self._link.main.peer() if self._link else '?'}",
         )
-        self._run_state("postmigrate")
 
     async def _park_surely(self, guest: ParkingGuest) -> None:
         """Likewise, when the source may have given it up: until it succeeds.
@@ -635,6 +646,7 @@ class IncomingMigration:
         Its connection stays open meanwhile. A QEMU that loses it behind its EOF
         would run its guest again.
         """
+        guest.irreplaceable = True
         while True:
             try:
                 return await self._park(guest)
@@ -648,6 +660,9 @@ class IncomingMigration:
     async def _complete(self, link: Connection) -> None:
         self._told = await link.peer.done()
         self.error = None
+        if self._parking:
+            self._parking.let_go()
+            self._run_state("postmigrate")
         self.status.set(M.COMPLETED)
 
     async def _failed(self, error: MigrationError, peer: Peer | None = None) -> None:
