@@ -59,6 +59,8 @@ def _table(states: Iterable[S], rows: Mapping[S, set[S]]) -> Table[S]:
     return {state: frozenset(rows.get(state, ())) for state in states}
 
 
+# From NONE a daemon goes to whatever one before it had come to when it died.
+#
 # DEVICE is the last status from which the guest can go on at the source. It
 # becomes POSTCOPY_ACTIVE only after PONG 3 has proven that the destination has
 # loaded the package; a failure before that is FAILED, and nothing is lost. QEMU
@@ -66,7 +68,7 @@ def _table(states: Iterable[S], rows: Mapping[S, set[S]]) -> Table[S]:
 OUTGOING: Final = _table(
     M,
     {
-        M.NONE: {M.SETUP},
+        M.NONE: {M.SETUP, M.POSTCOPY_PAUSED, M.COMPLETED, M.FAILED},
         M.SETUP: {M.ACTIVE, M.CANCELLING, M.FAILED},
         M.ACTIVE: {M.PRE_SWITCHOVER, M.DEVICE, M.CANCELLING, M.FAILED},
         M.PRE_SWITCHOVER: {M.DEVICE, M.CANCELLING, M.FAILED},

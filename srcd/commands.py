@@ -103,6 +103,12 @@ class SourceCommands:
         if problem := self._in_progress():
             raise CommandError(problem)
 
+    def take_up_parked(self) -> None:
+        """A daemon before us served a VM that still needs memory from here."""
+        migration = self._migration = self._new_migration()
+        migration.take_up_parked()
+        self._nursery.start_soon(migration.run, None)
+
     # -- run state
 
     async def _stop(self, _: Mapping[str, Json]) -> Json:

@@ -26,6 +26,7 @@ from common.address import takes_many
 from common.channel import Channel, connect
 from common.errors import ChannelLost, GuestError, MigrationError, cause_of
 from common.guest.base import GuestState
+from common.guest.stored import Mark
 from common.status import MigrationStatus as M
 from common.stream import command, section
 from common.stream import constants as c
@@ -188,14 +189,34 @@ class OutgoingMigration:
 
     # -- the whole
 
-    async def run(self, address: Address) -> None:
+    def take_up_parked(self) -> None:
+        """Go on, by `run`, with what a daemon before us has left of a parked VM."""
+        assert self.parked is not None
+        assert self.parked.gone is not None
+        self._owner = Owner.DESTINATION
+        self._return_path = True
+        self._where = self.parked.gone.address
+        self.peer.is_dstd = self.parked.gone.dstd
+        self.opened.set()
+        # What there was before is not known any more.
+        now = time.monotonic()
+        self.times = Times(begun=now, active=now, stopped=now, handed_over=now)
+        self.tracking.start()
+        self.pump.owe_dirty()
+        self.apply_limits()
+        self._run_state("finish-migrate")
+        self.error = ChannelLost("the daemon ended in the middle of postcopy")
+        self.status.set(M.POSTCOPY_PAUSED)
+
+    async def run(self, address: Address | None) -> None:
         """Migrate; never raises a MigrationError, the status tells.
 
-        Paused, it waits for the order to resume.
+        Paused, it waits for the order to resume; after `take_up_parked` that is all.
         """
-        self._where = str(address)
         try:
-            await self._attempt(self._migrate, address)
+            if address:
+                self._where = str(address)
+                await self._attempt(self._migrate, address)
             while self.status.now in (M.POSTCOPY_PAUSED, M.POSTCOPY_RECOVER_SETUP):
                 await self._attempt(self._recover, await self._resumes.receive())
         finally:
@@ -384,7 +405,8 @@ class OutgoingMigration:
         """The guest is the destination's; a parked one is marked so."""
         self._owner = Owner.DESTINATION
         if self.parked:
-            await self.parked.mark_running(self._where)
+            dstd, pending = self.peer.is_dstd, self._wants_postcopy
+            await self.parked.mark_running(Mark(self._where, dstd, pending))
 
     async def _commit(self) -> None:
         """The guest is given up for good: dstd runs it only when it has read this."""
@@ -450,7 +472,8 @@ class OutgoingMigration:
     # -- a parked VM: whether there is a preempt channel is found out
 
     def _finds_preempt(self, address: Address) -> bool:
-        return self.parked is not None and self._advises and takes_many(address)
+        unknown = self.parked is not None and self.parked.preempt is None
+        return unknown and self._advises and takes_many(address)
 
     async def _try_early(self, address: Address) -> None:
         """Nothing is heard: it may be QEMU 7, which waits for both."""
@@ -483,9 +506,7 @@ class OutgoingMigration:
     async def _send_package(self) -> None:
         self.pump.connect(self._main, self._preempt)
         self.pump.owe_dirty()
-        # dstd counts pages, and QEMU 7 waits for the last ones it asked for.
-        counts = self.peer.is_dstd or (self._preempt and self._preempt_early)
-        self.pump.leave_out_zeroes(not counts)
+        self._choose_zeroes()
         await self.pump.discards()
         self.times.mark("discard")
         state = await self._save()
@@ -493,6 +514,11 @@ class OutgoingMigration:
         self.apply_limits()
         await self._main.write(state.package())
         self.times.mark("send")
+
+    def _choose_zeroes(self) -> None:
+        """dstd counts pages, and QEMU 7 waits for the last ones it asked for."""
+        counts = self.peer.is_dstd or (self._preempt and self._preempt_early)
+        self.pump.leave_out_zeroes(not counts)
 
     async def _end_postcopy(self) -> None:
         self.pump.will_end()
@@ -523,6 +549,7 @@ class OutgoingMigration:
             why = ChannelLost("the destination does not answer", channel="main")
             self._break(why)
             raise why
+        self._choose_zeroes()
         self.status.set(M.POSTCOPY_ACTIVE)
         if not self.times.handed_over:  # COMMIT was lost, and RESUME is as good
             self._handed_over()
@@ -531,11 +558,16 @@ class OutgoingMigration:
 
     async def _agree(self, address: Address) -> None:
         """What the destination has not received is owed, and it is ready for it."""
-        if self._preempt_early:
-            await self._connect_preempt(address)
-        await self.peer.tell_received(self._main, self.pump.blocks)
-        if not self._preempt_early:
-            await self._connect_preempt(address)
+        tell = partial(self.peer.tell_received, self._main, self.pump.blocks)
+        if self._finds_preempt(address):
+            await preempt.answered_or(partial(self._try_early, address), tell)
+            await self._find_preempt(address)
+        else:
+            if self._preempt_early:
+                await self._connect_preempt(address)
+            await tell()
+            if not self._preempt_early:
+                await self._connect_preempt(address)
         self.pump.connect(self._main, self._preempt)
         await self.peer.resume(self._main)
 

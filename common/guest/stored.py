@@ -7,7 +7,10 @@ never runs here: it becomes a running VM in a QEMU that it is migrated to.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Final, NoReturn
+import os
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final, NoReturn, Self
 
 import trio
 
@@ -16,7 +19,7 @@ from common.guest.base import Device, GuestState, RamBlock
 from common.store.directory import Parked
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -24,10 +27,37 @@ log = logging.getLogger(__name__)
 NO_DESCRIPTION: Final = b"{}"
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Where a parked VM has gone: to a QEMU, or to a dstd, at `address`.
+
+    `pending`: some of its memory is still here only.
+    """
+
+    address: str
+    dstd: bool
+    pending: bool
+
+    def __str__(self) -> str:
+        there = f"{'dstd' if self.dstd else 'QEMU'} {self.address}"
+        return there + (_PENDING if self.pending else "")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The mark in what `Parked.running` says."""
+        place = text.partition(" at ")[2]
+        kind, _, address = place.removesuffix(_PENDING).partition(" ")
+        return cls(address, kind == "dstd", place.endswith(_PENDING))
+
+
+_PENDING: Final = ", which still needs memory from here"
+
+
 class StoredGuest:
     """The parked VM in `directory`; HostError if that is not complete, or in use.
 
-    Not as a `clone` it runs once: it is refused when it runs elsewhere already.
+    Not as a `clone` it runs once: it is refused when it runs elsewhere already,
+    unless it still needs memory from here.
     `lazy`: it is to run before its RAM is there. `learns`: what it asks for first
     is remembered for the next time.
     """
@@ -39,6 +69,8 @@ class StoredGuest:
     vcpus: Sequence[int] = ()
     abilities = 0
     state = GuestState.PAUSED
+    kept: Mapping[str, int] = MappingProxyType({})
+    is_gone = False
 
     def __init__(
         self, directory: str, *, clone: bool, lazy: bool, learns: bool = True
@@ -46,7 +78,8 @@ class StoredGuest:
         self.parked = Parked.open(directory)
         try:
             self.parked.lock(clone=clone)
-            if not clone:
+            self.mark = None if clone else self._where()
+            if self.mark and not self.mark.pending:
                 self.check_elsewhere()
         except HostError:
             self.parked.close()
@@ -58,8 +91,18 @@ class StoredGuest:
         self.blocks: Sequence[RamBlock] = self._opened()
         was = self.parked.manifest.run_state
         log.info("a parked VM that was %s, machine %s", was, self.machine)
-        if lazy and was != "running":
+        if self.mark:
+            log.warning(
+                "the VM runs elsewhere, %s: it can be recovered from here, by"
+                " migrate-recover there and migrate with resume here",
+                self.parked.running,
+            )
+        elif lazy and was != "running":
             log.warning("the VM was %s: start QEMU with -S to keep it so", was)
+
+    def _where(self) -> Mark | None:
+        text = self.parked.running
+        return Mark.parse(text) if text else None
 
     def check_elsewhere(self) -> None:
         """HostError if the VM runs elsewhere."""
@@ -101,6 +144,19 @@ class StoredGuest:
 
     async def load(self, device: Device, state: bytes) -> None:
         raise GuestError("a parked VM is complete and loads nothing", request="load")
+
+    def make_kept(self, name: str, length: int) -> int:
+        """A file of zeroes that can be kept; the caller closes it."""
+        fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        os.ftruncate(fd, length)
+        return fd
+
+    async def keep(self, name: str, fd: int) -> None:
+        """What outlives this process is the directory and the mark in it."""
+        raise GuestError("a parked VM has no process", request="keep")
+
+    async def forget(self, name: str) -> None:
+        """It is not kept."""
 
     async def quit(self) -> None:
         """It does not run; what serves it still reads its files."""

@@ -34,6 +34,9 @@ PAIRS = [
     for new in ENUMS[name]
 ]
 
+# What a daemon before this one may have come to.
+LEFT_BEHIND = ["postcopy-paused", "completed", "failed"]
+
 # Whole lives, in the order of QEMU's events.
 WALKS = {
     "outgoing": [
@@ -50,6 +53,7 @@ WALKS = {
         "postcopy-recover-setup postcopy-paused "
         "postcopy-recover-setup postcopy-recover postcopy-paused "
         "postcopy-recover-setup postcopy-recover postcopy-active completed",
+        *LEFT_BEHIND,
     ],
     "incoming": [
         "setup active completed",
