@@ -29,6 +29,7 @@ from support.saved_streams import (
     part,
     start,
 )
+from support.small_disk import in_small_disk, needs_mounts
 
 from common.errors import HostError, StreamError
 from common.store import importing, virsh
@@ -422,6 +423,45 @@ async def test_random_damage_of_a_mapped_file(tmp_path: Path):
             parked.verify()
         (tmp_path / "file").unlink()
     assert 20 < refused < 300
+
+
+# --- a full disk ---------------------------------------------------------------------
+
+_IMPORTING = """
+import sys, trio
+from pathlib import Path
+from common.errors import HostError
+from common.store.directory import Parked
+from common.store.importing import import_file
+file, vm = Path(sys.argv[1]), Path(sys.argv[2]) / "vm"
+try:
+    trio.run(import_file, file, vm)
+    with Parked.open(vm) as parked:
+        parked.verify()
+        print("whole")
+except HostError as error:
+    print("refused:", error, vm.exists())
+"""
+
+
+@needs_mounts
+@pytest.mark.parametrize("content", [PLAIN, mapped_file()], ids=["plain", "mapped"])
+def test_a_full_disk(tmp_path: Path, content: bytes):
+    """However small it is: an error, and the place is left as it was."""
+    (tmp_path / "program.py").write_text(_IMPORTING)
+    (tmp_path / "file").write_bytes(content)
+    said = []
+    for kilobytes in range(4, 100, 12):
+        ran = in_small_disk(
+            tmp_path, kilobytes, tmp_path / "program.py", tmp_path / "file"
+        )
+        if ran.startswith("refused:"):
+            assert "No space left" in ran, ran
+            assert ran.endswith("False\n")
+        said.append(ran.split(":")[0].strip())
+    assert said.count("refused") > 1
+    assert said.count("whole") > 1
+    assert said == sorted(said), "once there is room, there is room"
 
 
 # --- virsh save ----------------------------------------------------------------------
