@@ -387,6 +387,7 @@ class OutgoingMigration:
         await self.pump.last_pass()
         self.times.mark("pages")
         state = await self._save()
+        await self._before_it_runs()
         self._owner = Owner.PACKAGED
         await self._main.write(state.ending())
         self.times.mark("send")
@@ -401,12 +402,20 @@ class OutgoingMigration:
             await self._give_away()
         self._handed_over()
 
+    @property
+    def _mark(self) -> Mark:
+        return Mark(self._where, self.peer.is_dstd, pending=self._wants_postcopy)
+
+    async def _before_it_runs(self) -> None:
+        """QEMU runs it at once; dstd asks before, by waiting for COMMIT."""
+        if self.parked and not self.peer.is_dstd:
+            await self.parked.mark_before(self._mark)
+
     async def _give_away(self) -> None:
         """The guest is the destination's; a parked one is marked so."""
         self._owner = Owner.DESTINATION
         if self.parked:
-            dstd, pending = self.peer.is_dstd, self._wants_postcopy
-            await self.parked.mark_running(Mark(self._where, dstd, pending))
+            await self.parked.mark_running(self._mark)
 
     async def _commit(self) -> None:
         """The guest is given up for good: dstd runs it only when it has read this."""
@@ -510,6 +519,7 @@ class OutgoingMigration:
         await self.pump.discards()
         self.times.mark("discard")
         state = await self._save()
+        await self._before_it_runs()
         self._owner = Owner.PACKAGED
         self.apply_limits()
         await self._main.write(state.package())
@@ -612,6 +622,8 @@ class OutgoingMigration:
         """The guest goes on here as it was before the migration."""
         if not self.times.stopped:
             return
+        if self.parked:
+            await self.parked.unmark()
         if not self._was_running:
             self._run_state("paused")
             return

@@ -56,16 +56,33 @@ class Serving:
         """QEMU's run state once the VM has gone; a copy can be served again."""
         return "prelaunch" if self._guest.clone else "postmigrate"
 
-    async def mark_running(self, mark: Mark) -> None:
-        """From now on the VM runs there; nobody may serve it a second time."""
+    async def mark_before(self, mark: Mark) -> None:
+        """The VM may run there before we know; should we die, nobody serves it again.
+
+        HostError if that cannot be marked: it must not run then.
+        """
         if self._guest.clone or mark == self._mark:
             return
+        await trio.to_thread.run_sync(self._guest.parked.mark_running, str(mark))
         self._mark = mark
+
+    async def mark_running(self, mark: Mark) -> None:
+        """From now on the VM runs there; nobody may serve it a second time."""
         try:
-            await trio.to_thread.run_sync(self._guest.parked.mark_running, str(mark))
+            await self.mark_before(mark)
         except HostError as error:
             # It runs there all the same, and needs its pages.
             log.error("no mark that the VM runs at %s: %s", mark, error)
+
+    async def unmark(self) -> None:
+        """It does not run there after all."""
+        if not self._mark:
+            return
+        self._mark = None
+        try:
+            await trio.to_thread.run_sync(self._guest.parked.unmark_running)
+        except HostError as error:
+            log.error("the VM is marked as running and is not: %s", error)
 
     async def completed(self) -> None:
         """All is there: remember what was asked for, for the next time."""

@@ -19,6 +19,7 @@ import pytest
 from support import counting_guest
 from support.daemons import Destination, Source
 from support.machine import MAIN, Machine
+from support.mute import MuteDestination
 from support.ram import MIB, PAGE
 
 from common.qmp.client import CommandFailed
@@ -409,6 +410,41 @@ def test_it_runs_once(place: Place) -> None:
             srcd.migrate("tcp:127.0.0.1:1")
     with pytest.raises(RuntimeError, match=r"runs elsewhere.*--clone"), place.server():
         pass
+
+
+def test_marked_before_it_may_run(place: Place) -> None:
+    """A srcd that dies before it knows whether the VM runs has not lost that it may."""
+    with MuteDestination() as mute, place.server() as srcd:
+        srcd.migrate(mute.uri)
+        mute.wait_package()
+        assert srcd.query()["status"] == "device"
+        assert place.marked
+        srcd.process.kill()
+        srcd.process.wait()
+    with place.server(name="next") as srcd:
+        assert srcd.query()["status"] == PAUSED
+        with pytest.raises(CommandFailed):
+            srcd.migrate("tcp:127.0.0.1:1")
+
+
+def test_mark_is_removed_when_it_does_not_run(place: Place) -> None:
+    with MuteDestination() as mute, place.server() as srcd:
+        srcd.migrate(mute.uri)
+        mute.wait_package()
+        assert place.marked
+        mute.close_main()
+        assert srcd.wait_status("failed", PAUSED) == "failed"
+        assert not place.marked
+
+
+def test_not_served_where_no_mark_can_be_made(place: Place) -> None:
+    (place.parked / "running.new").mkdir()
+    with place.server() as srcd, place.machine() as qemu:
+        qemu.set_capabilities("postcopy-ram")
+        srcd.migrate(qemu.listen())
+        assert srcd.wait_status("failed", PAUSED, "completed") == "failed"
+        assert "running.new" in srcd.query()["error-desc"]
+    assert not place.marked
 
 
 def test_clones_at_once_and_again(place: Place) -> None:

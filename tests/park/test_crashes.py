@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from support.parking import Workshop, begin_parking
+from support.parking import (
+    CRAWL,
+    FAST,
+    OUT,
+    Workshop,
+    begin_parking,
+    both_complete,
+    recover,
+)
 
 from common.errors import HostError
 from common.store.directory import Parked
@@ -34,3 +42,35 @@ def test_dstd_in_precopy(private_dir: Path, version: str) -> None:
         shop.park(guest, "precopy")
         with Parked.open(shop.parked) as parked:
             parked.verify()
+
+
+@pytest.mark.parametrize(
+    ("version", "out"), [("10", "lazy"), ("10", "preempt"), ("7.2", "lazy")]
+)
+def test_srcd_while_it_serves(private_dir: Path, version: str, out: str) -> None:
+    """Twice; the next one needs nothing but the directory."""
+    options, capabilities = OUT[out]
+    with Workshop(private_dir, version=version) as shop:
+        guest = shop.boot()
+        guest.wait_busy()
+        shop.park(guest, "precopy")
+        before = guest.console()
+        guest = shop.waiting(*capabilities)
+        with shop.server(*options) as srcd:
+            srcd.set_parameters(max_postcopy_bandwidth=CRAWL)
+            srcd.migrate(guest.listen())
+            guest.wait_status("postcopy-active")
+            guest.wait_event("RESUME")
+            guest.wait_console(lambda said: len(said.counts) > len(before.counts))
+            srcd.process.kill()
+            guest.wait_status("postcopy-paused")
+        with shop.server_again(*options) as srcd:
+            srcd.set_parameters(max_postcopy_bandwidth=CRAWL)
+            recover(srcd, guest)
+            srcd.process.kill()
+            guest.wait_status("postcopy-paused")
+        with shop.server_again(*options) as srcd:
+            recover(srcd, guest)
+            srcd.set_parameters(max_postcopy_bandwidth=FAST)
+            both_complete(srcd, guest)
+        guest.wait_continued(before)

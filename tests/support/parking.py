@@ -130,13 +130,19 @@ class Workshop:
     @contextmanager
     def server(self, *options: str) -> Iterator[Source]:
         """A srcd that has the directory's guest to give."""
+        with self.server_again(*options) as srcd:
+            srcd.set_capabilities()
+            yield srcd
+
+    @contextmanager
+    def server_again(self, *options: str) -> Iterator[Source]:
+        """One that takes up what another has begun; its capabilities are set."""
         with Source(
             self.directory,
             *("--parked", str(self.parked)),
             *options,
             name=self._name("srcd"),
         ) as srcd:
-            srcd.set_capabilities()
             yield srcd
 
     # -- there and back -------------------------------------------------------
