@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -38,7 +40,14 @@ from common.stream import command, fields, ram, section, vmdesc
 from common.stream import constants as c
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
+
+
+@pytest.fixture
+def in_memory() -> Iterator[Path]:
+    """A folder for tests that import hundreds of times: a disk has to be waited for."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as path:
+        yield Path(path)
 
 
 async def bring(path: Path, content: bytes, **options: Any) -> importing.Imported:
@@ -150,20 +159,20 @@ async def test_an_empty_directory_stays(tmp_path: Path):
         parked.verify()
 
 
-async def test_every_cut_is_refused(tmp_path: Path):
+async def test_cuts_are_refused(in_memory: Path):
     """But for the one behind EOF: then only the description is missing."""
     whole = len(PLAIN) - len(vmdesc.encode(TEXT))
     ends = {
         *range(0, 400),
-        *range(len(head()), len(PLAIN), 97),
+        *range(len(head()), len(PLAIN), 397),
         *range(whole, len(PLAIN)),
     }
     for length in sorted(ends - {whole}):
-        await refuse(tmp_path, PLAIN[:length], "cut off|empty|not a migration stream")
-    await bring(tmp_path, PLAIN[:whole])
+        await refuse(in_memory, PLAIN[:length], "cut off|empty|not a migration stream")
+    await bring(in_memory, PLAIN[:whole])
 
 
-async def test_every_flip_of_the_skeleton(tmp_path: Path):
+async def test_flips_of_the_skeleton(in_memory: Path):
     """Refused, or what differs is bytes that nothing in a stream can tell of."""
     skeleton = [
         at
@@ -171,22 +180,22 @@ async def test_every_flip_of_the_skeleton(tmp_path: Path):
         if not _is_inside(at, [b"x" * PAGE, *DATA.values(), b"state" * 20])
     ]
     accepted = set()
-    for at in skeleton:
+    for at in DICE.sample(skeleton, 300):
         broken = bytearray(PLAIN)
         broken[at] ^= 1 << DICE.randrange(8)
         try:
-            await bring(tmp_path, bytes(broken))
+            await bring(in_memory, bytes(broken))
         except HostError:
-            assert not (tmp_path / "vm").exists()
+            assert not (in_memory / "vm").exists()
             continue
         accepted.add(at)
-        with Parked.open(tmp_path / "vm") as parked:
+        with Parked.open(in_memory / "vm") as parked:
             parked.verify()
-        for name in os.listdir(tmp_path / "vm"):
-            os.unlink(tmp_path / "vm" / name)
-        os.rmdir(tmp_path / "vm")
+        for name in os.listdir(in_memory / "vm"):
+            os.unlink(in_memory / "vm" / name)
+        os.rmdir(in_memory / "vm")
     # Names, numbers, places of pages, the insides of devices.
-    assert len(accepted) < len(skeleton) // 2
+    assert len(accepted) < 150
     # What frames all that: file header, type bytes, footers.
     assert not accepted & {*range(9), len(head()), len(head() + SETUP) - 5}
 
@@ -357,10 +366,10 @@ def _write(path: Path) -> Path:
     return path
 
 
-async def test_every_cut_of_a_mapped_file_is_refused(tmp_path: Path):
+async def test_cuts_of_a_mapped_file_are_refused(in_memory: Path):
     file = mapped_file()
     for length in (*range(0, 200), *range(200, len(file), 1009), len(file) - 1):
-        await refuse(tmp_path, file[:length], "cut off|empty|not a migration stream")
+        await refuse(in_memory, file[:length], "cut off|empty|not a migration stream")
 
 
 def _word(file: bytes, name: str, place: int) -> int:
@@ -402,7 +411,7 @@ async def test_a_page_in_the_stream_of_a_mapped_file(tmp_path: Path):
     await refuse(tmp_path, file, "a page within the stream")
 
 
-async def test_random_damage_of_a_mapped_file(tmp_path: Path):
+async def test_random_damage_of_a_mapped_file(in_memory: Path):
     """Refused, or a VM that verifies; never anything else."""
     file = mapped_file()
     refused = 0
@@ -411,17 +420,17 @@ async def test_random_damage_of_a_mapped_file(tmp_path: Path):
         reach = (200, len(file))[number % 2]
         for _ in range(DICE.randrange(1, 4)):
             broken[DICE.randrange(reach)] ^= 1 << DICE.randrange(8)
-        (tmp_path / "file").write_bytes(broken)
-        vm = tmp_path / f"vm{number}"
+        (in_memory / "file").write_bytes(broken)
+        vm = in_memory / f"vm{number}"
         try:
-            await importing.import_file(tmp_path / "file", vm)
+            await importing.import_file(in_memory / "file", vm)
         except HostError:
             refused += 1
             assert not vm.exists()
             continue
         with Parked.open(vm) as parked:
             parked.verify()
-        (tmp_path / "file").unlink()
+        (in_memory / "file").unlink()
     assert 20 < refused < 300
 
 
@@ -496,7 +505,7 @@ async def test_virsh_heads_are_checked(tmp_path: Path, name: str):
     await refuse(tmp_path, saved.virsh_head(**options) + PLAIN, words)
 
 
-async def test_every_cut_of_a_virsh_head(tmp_path: Path):
+async def test_cuts_of_a_virsh_head(tmp_path: Path):
     image = saved.virsh_head() + PLAIN
     for length in (*range(1, 200), *range(200, len(image), 4099)):
         await refuse(tmp_path, image[:length], "cut off|empty|not a migration|magic")
