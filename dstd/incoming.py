@@ -374,8 +374,11 @@ class IncomingMigration:
                 link.loader.advise()
             case command.SwitchoverStart():
                 pass
+            case command.AdviseEmpty() if self._parking:
+                pass  # capability dirty-bitmaps; it matters if there are any
             case command.Layout() if link.peer.is_srcd:
-                self.memory.expect_untrusted(found)
+                if not self._parking:
+                    self.memory.expect_untrusted(found)
             case _:
                 raise StreamError("command that does not belong here", got=found)
 
@@ -397,7 +400,9 @@ class IncomingMigration:
         )
         self.admission.check_blocks(blocks)
         if self._parking:
-            self._parking.adopt(self.admission.configuration, blocks, advised=advised)
+            await self._parking.adopt(
+                self.admission.configuration, blocks, advised=advised
+            )
             self.memory.adopt(self.guest)
         # Not before: a source that is refused must not cost us what we hold.
         await trio.to_thread.run_sync(self.memory.empty)
@@ -440,12 +445,14 @@ class IncomingMigration:
                     self._devices.early += await receive_early_untrusted(
                         link.main, bytes([kind]), link.loader.section_id
                     )
-                    self._parking.set_early(self._devices.early)
+                    await self._parking.set_early(self._devices.early)
                 case c.QEMU_VM_SECTION_START:
                     await self._refuse_start(link)
                 # A background snapshot has no END.
-                case c.QEMU_VM_SECTION_FULL if self._devices.opaque and (
-                    link.loader.ended or self._parking
+                case c.QEMU_VM_SECTION_FULL if (
+                    self._devices.opaque
+                    and (link.loader.ended or self._parking)
+                    and self.postcopy.now in (P.NONE, P.ADVISE)
                 ):
                     ending = await receive_ending_untrusted(
                         link.main, bytes([kind]), self._devices.early
@@ -499,8 +506,10 @@ class IncomingMigration:
     async def _arrive(self, link: Connection) -> None:
         """All is here: load the device state, take the guest over, run it."""
         await self._devices.load()
-        if self._parking:
+        if self._parking and link.peer.return_path:
             await self._park(self._parking)
+        elif self._parking:
+            await self._park_surely(self._parking)
         self._journal.write(phase=Phase.ARRIVED)
         if link.peer.is_srcd:
             await link.peer.say(returnpath.Pong(c.PING_LOADED))
@@ -513,6 +522,7 @@ class IncomingMigration:
 
     async def _start_guest(self, run: bool) -> None:
         if self._parking:
+            self._parking.irreplaceable = True
             return
         if run:
             await self.guest.cont()
@@ -598,6 +608,8 @@ class IncomingMigration:
         """Load the device state, say so, and run the guest."""
         await self._devices.load()
         self._journal.write(phase=Phase.LOADED)
+        if self._parking:
+            self._parking.irreplaceable = True
         self._loaded = True
         for value in package.pings:
             await peer.say(returnpath.Pong(value))
@@ -761,7 +773,6 @@ class IncomingMigration:
             "running" if devices.running else "paused",
             f"migration from {self._link.main.peer() if self._link else '?'}",
         )
-        self._run_state("postmigrate")
 
     async def _park_surely(self, guest: ParkingGuest) -> None:
         """Likewise, when the source may have given it up: until it succeeds.
@@ -769,6 +780,7 @@ class IncomingMigration:
         Its connection stays open meanwhile. A QEMU that loses it behind its EOF
         would run its guest again.
         """
+        guest.irreplaceable = True
         while True:
             try:
                 return await self._park(guest)
@@ -782,6 +794,9 @@ class IncomingMigration:
     async def _complete(self, link: Connection) -> None:
         await self._done(link)
         self.error = None
+        if self._parking:
+            self._parking.let_go()
+            self._run_state("postmigrate")
         self.status.set(M.COMPLETED)
 
     async def _done(self, link: Connection) -> None:

@@ -59,8 +59,6 @@ class Parking:
             directory.lock(fcntl.LOCK_EX, "is in use by another process")
             _check_empty(path)
             receiving.begin(path)
-            files.sync_directory(path)
-            files.sync_directory(path.absolute().parent)
         except BaseException:
             directory.close()
             raise
@@ -235,10 +233,11 @@ class Parking:
 
     def _finish(self, whole: Manifest, state: Mapping[str, bytes]) -> None:
         for name, content in state.items():
-            files.write(self.path / name, content)
+            files.write(self.path / name, content, durable=True)
         for file in sorted({block.file for block in self.blocks}):
             files.sync(self.path / file)
         files.sync_directory(self.path)
+        files.sync_directory(self.path.absolute().parent)
         path = self.path / manifest.NAME
         try:
             files.replace(path, manifest.encode(whole))

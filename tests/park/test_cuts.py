@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.linux_guest import LinuxGuest
 from support.parking import (
     CRAWL,
     FAST,
@@ -16,6 +14,8 @@ from support.parking import (
     begin_parking,
     both_complete,
     end,
+    recover,
+    wait_status,
 )
 from support.relay import Relay
 
@@ -43,16 +43,6 @@ def wait_for_pages(source: Any) -> None:
     assert left > 0
 
 
-def free_address() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return f"tcp:127.0.0.1:{server.getsockname()[1]}"
-
-
-def wait_status(sides: tuple[Any, Any], status: str) -> None:
-    for side in sides:
-        side.wait_status(status)
-
-
 def cut_and_recover(relay: Relay, source: Any, destination: Any) -> None:
     """Ten times: half of them cleanly closed, half of them reset."""
     for number in range(CUTS):
@@ -61,14 +51,7 @@ def cut_and_recover(relay: Relay, source: Any, destination: Any) -> None:
             link.reset() if number % 2 else link.close()
         relay.links.clear()
         wait_status((source, destination), PAUSED)
-        uri = free_address()
-        # QEMU's main thread may itself be waiting for a page.
-        if isinstance(destination, LinuxGuest):
-            destination.recover(uri)
-        else:
-            destination.execute("migrate-recover", uri=uri)
-        source.execute("migrate", uri=relay.to(uri), resume=True)
-        wait_status((source, destination), "postcopy-active")
+        recover(source, destination, relay)
         assert relay.links
 
 

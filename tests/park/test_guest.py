@@ -35,6 +35,10 @@ def test_guest_is_moved_by_qemu(private_dir: Path, version: str, machine: str) -
             destination.wait_continued(before)
 
 
+def test_console_of_a_guest_that_had_to_wait_is_good() -> None:
+    Console.parse(b"c 1\nk hrtimer: interrupt took 46099923 ns\nc 2\n").assert_good()
+
+
 def test_console_joins_lines_that_a_move_has_cut() -> None:
     said = Console.parse(b"c 1\r\nh 1 ok\r\nc " + b"2\r\nc 3\r\nc 4")
     assert said.counts == (1, 2, 3)

@@ -40,6 +40,9 @@ _KERNEL_WORDS = (
     *("cryptomgr.notests", "audit=0", "random.trust_cpu=on", "init_on_alloc=0"),
 )
 
+# What a kernel says when its processor had to wait, for a page or for a busy host.
+_ABOUT_WAITING = re.compile(r"k (hrtimer: interrupt took|clocksource: ).*")
+
 
 @dataclass(frozen=True)
 class Console:
@@ -73,7 +76,11 @@ class Console:
             sectors=numbers(r"d (\d+) ok"),
             echoes=numbers(r"64 bytes from .* seq=(\d+) .*"),
             wrong=tuple(line for line in lines if re.match(r"[hd] \d+ wrong", line)),
-            complaints=tuple(line for line in lines if line.startswith("k ")),
+            complaints=tuple(
+                line
+                for line in lines
+                if line.startswith("k ") and not _ABOUT_WAITING.match(line)
+            ),
             last=tuple(lines[-5:]),
         )
 
