@@ -133,6 +133,7 @@ class ParkingGuest:
         self.close()
         self._parking = Parking.create(self.directory)
         self.state = GuestState.INCOMING
+        self.irreplaceable = False
 
     def _close_kept(self, name: str) -> None:
         left = dict(self.kept)

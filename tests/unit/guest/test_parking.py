@@ -68,20 +68,23 @@ async def test_what_nobody_else_has_stays(tmp_path: Path) -> None:
 async def test_kept_files_outlive_the_process(tmp_path: Path) -> None:
     """What a daemon that is restarted finds; another of the name replaces one."""
     guest = await filled(tmp_path / "vm")
-    old = await guest.keep("received", 4096)
-    os.pwrite(old, b"old", 0)
-    new = await guest.keep("received", 8192)
-    assert guest.kept == {"received": new}
-    assert os.pread(new, 8192, 0) == bytes(8192)
-    os.pwrite(new, b"new", 5)
-    await guest.keep("migration", 100)
-    await guest.keep("nothing", 0)
+    for name, length in (
+        ("received", 4096),
+        ("received", 8192),
+        ("migration", 100),
+        ("nothing", 0),
+    ):
+        made = guest.make_kept(name, length)
+        assert os.pread(made, 8192, 0) == bytes(length)
+        os.pwrite(made, b"new", 5)
+        await guest.keep(name, made)
+        os.close(made)
     await guest.forget("nothing")
-    assert set(guest.kept) == {"received", "migration"}
+    assert guest.kept == {}  # there was nobody before
+    guest.irreplaceable = True
     guest.close()
-    assert guest.kept == {}
 
-    again = ParkingGuest(str(tmp_path / "vm"), again=True)
+    again = ParkingGuest(str(tmp_path / "vm"))
     assert set(again.kept) == {"received", "migration"}
     assert os.pread(again.kept["received"], 8, 0) == b"\0\0\0\0\0new"
     assert os.fstat(again.kept["received"]).st_size == 8192
