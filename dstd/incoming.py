@@ -173,6 +173,12 @@ class IncomingMigration:
         await listener.open()
         return listener
 
+    @property
+    def over(self) -> bool:
+        """Nobody need come any more, not even a source that does not know it."""
+        now = self.status.now
+        return now is M.FAILED or (now is M.COMPLETED and self._told)
+
     def addresses(self) -> list[dict[str, Json]]:
         return self._listener.describe() if self._listener else []
 

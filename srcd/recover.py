@@ -74,6 +74,8 @@ def recover(order: RecoverOrder, say: Callable[[str], None] = print) -> Exit:
         verdict = found
     except Unreachable as error:
         verdict = Verdict(Exit.FAILED, str(error))
+    except KeyboardInterrupt:
+        verdict = Verdict(Exit.PAUSED, "interrupted; it can be run again")
     say(str(verdict))
     return verdict.code
 
