@@ -356,6 +356,7 @@ def test_server_is_killed(
         qemu.wait_status(PAUSED)
         with place.server(name="next") as srcd:
             assert srcd.query()["status"] == PAUSED
+            srcd.set_parameters(max_postcopy_bandwidth=0)
             with pytest.raises(CommandFailed):
                 srcd.migrate("tcp:127.0.0.1:1")
             uri = f"unix:{private_dir}/again"
@@ -385,6 +386,7 @@ def test_server_is_killed_before_dstd_has_all(place: Place) -> None:
         with place.server(name="next") as srcd:
             uri = f"unix:{place.folder}/again"
             dstd.execute("migrate-recover", uri=uri)
+            srcd.set_parameters(max_postcopy_bandwidth=0)
             srcd.execute("migrate", uri=uri, resume=True)
             assert srcd.wait_status("completed", "failed") == "completed", srcd.said
             assert dstd.wait_status("completed", "failed") == "completed"
