@@ -13,12 +13,13 @@ Each QEMU and each daemon is a process of its own, and all end with the workshop
 from __future__ import annotations
 
 import socket
+import time
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 from support.daemons import Destination, Source
 from support.linux_guest import LinuxGuest
-from support.qemu import QemuProcess
+from support.qemu import PATIENCE, QemuProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -190,6 +191,20 @@ def both_complete(source: Any, destination: Any) -> None:
             found = side.wait_status("completed", "failed")
             other = destination if side is source else source
             assert found == "completed", (side.query(), side.said, words_of(other))
+
+
+def _remaining(source: Any) -> int:
+    found: int = source.query()["ram"]["remaining"]
+    return found
+
+
+def wait_for_pages(source: Any) -> None:
+    """Until some have been sent; there are others to come."""
+    start = _remaining(source)
+    deadline = time.monotonic() + PATIENCE
+    while (left := _remaining(source)) >= start:
+        assert time.monotonic() < deadline, f"{left} bytes remain"
+    assert left > 0
 
 
 def wait_status(sides: tuple[Any, Any], status: str) -> None:
