@@ -377,6 +377,8 @@ class IncomingMigration:
             raise StreamError("the stream ended before its RAM section did")
         if self.postcopy.now in (P.LISTENING, P.RUNNING):
             return await self._end_postcopy(link)
+        if self._parking:
+            raise StreamError("the stream has no device state: this is no whole VM")
         # What is behind EOF: QEMU sends a description, others may send nothing.
         with suppress(ChannelLost):
             if await link.peer.next_kind() == c.QEMU_VM_VMDESCRIPTION:
