@@ -452,7 +452,8 @@ class IncomingMigration:
         self.postcopy.set(P.LISTENING)
         self.status.set(M.POSTCOPY_ACTIVE)
         self._standing.start_soon(self._answer_faults)
-        nursery.start_soon(self._load_urgent, link)
+        if link.preempt and not self._parking:
+            nursery.start_soon(self._load_urgent, link.preempt)
         nursery.start_soon(self._run_package, link.peer, package, nursery)
 
     async def _answer_faults(self) -> None:
@@ -509,14 +510,14 @@ class IncomingMigration:
 
     @property
     def _preempt_expected(self) -> bool:
-        """What is parked comes as its source likes it."""
+        """What is parked comes as its source likes it: the channel is there, and
+        stays silent, because nothing is asked for.
+        """
         return self.settings.on("postcopy-preempt") or self._parking is not None
 
-    async def _load_urgent(self, link: Connection) -> None:
+    async def _load_urgent(self, channel: Channel) -> None:
         """The preempt channel; its end is an error only while pages are missing."""
-        await link.preempt_came.wait()
-        assert link.preempt
-        loader = Loader(self.memory, link.preempt, preempt=True)
+        loader = Loader(self.memory, channel, preempt=True)
         try:
             await loader.urgent_pages()
         except ChannelLost:
@@ -594,7 +595,8 @@ class IncomingMigration:
         link.stack.enter_context(processors_awake(self._tuning.awake))
         self.memory.connect(link.main)
         await self.memory.ask_again(link.main)
-        nursery.start_soon(self._load_urgent, link)
+        if link.preempt and not self._parking:
+            nursery.start_soon(self._load_urgent, link.preempt)
         nursery.start_soon(self._go_on, nursery)
         await self._sections(link, nursery)
 
@@ -641,6 +643,7 @@ class IncomingMigration:
             "running" if devices.running else "paused",
             f"migration from {self._link.main.peer() if self._link else '?'}",
         )
+        log.info("the guest is parked in %s", guest.directory)
 
     async def _park_surely(self, guest: ParkingGuest) -> None:
         """Likewise, when the source may have given it up: until it succeeds.

@@ -90,6 +90,7 @@ def devices(run_state: str = "running") -> bytes:
     return full("clock", b"\x7e\0\6 tick", 3) + full("globalstate", state)
 
 
+TWO = [entry("a"), entry("b")]
 DESCRIPTION = vmdesc.encode(
     vmdesc.describe(
         [
@@ -217,9 +218,24 @@ def test_huge_pages_arrive_in_parts(private_dir: Path) -> None:
             assert parked.manifest.advised
 
 
+def test_a_stray_connection(private_dir: Path) -> None:
+    """In the place of a preempt channel, and it says what is none of its business."""
+    with wired(private_dir) as wire:
+        wire.send(head(), OPEN, ADVISE, start(TWO), part(page("a", 0, 1)))
+        with wire.connect() as stray:
+            stray.sendall(page("b", 0, 0x66) + b"GET / HTTP/1.1\r\n\r\n")
+        wire.send(*map(command.encode, command.discards("b", [(0, 4 * PAGE)])))
+        state = package.Package(sections=devices(), pings=(), listen=True, run=True)
+        blob = package.encode_package(state)
+        wire.send(command.encode(command.Packaged(len(blob))), blob)
+        wire.send(part(*(page("b", n, 7) for n in range(4)), end=True), section.EOF)
+        with wire.completed() as parked:
+            assert content(parked, 0) == b"\1" * PAGE + bytes(3 * PAGE)
+            assert content(parked, 1) == b"\7" * (4 * PAGE)
+
+
 # --- lies ----------------------------------------------------------------------
 
-TWO = [entry("a"), entry("b")]
 LIES = {
     "no such machine's name": (
         [section.FILE_HEADER + b"\7" + fields.be32(1 << 20)],

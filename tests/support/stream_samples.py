@@ -488,10 +488,7 @@ ENDING_SECTIONS = section.encode_section(
 
 ENDING = Sample(
     "ending (ours)",
-    ENDING_SECTIONS
-    + b"\0\6"
-    + len(DESCRIPTION).to_bytes(4, "big")
-    + DESCRIPTION,
+    ENDING_SECTIONS + b"\0\6" + len(DESCRIPTION).to_bytes(4, "big") + DESCRIPTION,
     vmdesc.Ending(
         (
             vmdesc.Section(full(3, "globalstate"), section.encode_globalstate(RUNNING)),
