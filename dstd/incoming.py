@@ -487,6 +487,8 @@ class IncomingMigration:
             raise StreamError("the stream ended before its RAM section did")
         if self.postcopy.now in (P.LISTENING, P.RUNNING):
             return await self._end_postcopy(link)
+        if self._parking:
+            raise StreamError("the stream has no device state: this is no whole VM")
         # What is behind EOF: QEMU sends a description, others may send nothing.
         with suppress(ChannelLost):
             if await link.peer.next_kind() == c.QEMU_VM_VMDESCRIPTION:
@@ -561,7 +563,8 @@ class IncomingMigration:
         self.postcopy.set(P.LISTENING)
         self.status.set(M.POSTCOPY_ACTIVE)
         self._standing.start_soon(self._answer_faults)
-        nursery.start_soon(self._load_urgent, link)
+        if link.preempt and not self._parking:
+            nursery.start_soon(self._load_urgent, link.preempt)
         nursery.start_soon(self._run_package, link.peer, package, nursery)
 
     async def _keep_package(self, peer: Peer, blob: bytes) -> None:
@@ -635,14 +638,14 @@ class IncomingMigration:
 
     @property
     def _preempt_expected(self) -> bool:
-        """What is parked comes as its source likes it."""
+        """What is parked comes as its source likes it: the channel is there, and
+        stays silent, because nothing is asked for.
+        """
         return self.settings.on("postcopy-preempt") or self._parking is not None
 
-    async def _load_urgent(self, link: Connection) -> None:
+    async def _load_urgent(self, channel: Channel) -> None:
         """The preempt channel; its end is an error only while pages are missing."""
-        await link.preempt_came.wait()
-        assert link.preempt
-        loader = Loader(self.memory, link.preempt, preempt=True)
+        loader = Loader(self.memory, channel, preempt=True)
         try:
             await loader.urgent_pages()
         except ChannelLost:
@@ -724,7 +727,8 @@ class IncomingMigration:
         link.stack.enter_context(processors_awake(self._tuning.awake))
         self.memory.connect(link.main)
         await self.memory.ask_again(link.main)
-        nursery.start_soon(self._load_urgent, link)
+        if link.preempt and not self._parking:
+            nursery.start_soon(self._load_urgent, link.preempt)
         nursery.start_soon(self._go_on, nursery)
         await self._sections(link, nursery)
 
@@ -779,6 +783,7 @@ class IncomingMigration:
             "running" if devices.running else "paused",
             f"migration from {self._link.main.peer() if self._link else '?'}",
         )
+        log.info("the guest is parked in %s", guest.directory)
 
     async def _park_surely(self, guest: ParkingGuest) -> None:
         """Likewise, when the source may have given it up: until it succeeds.

@@ -7,6 +7,7 @@ later process can take up again.
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 from contextlib import suppress
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from common.stream.section import BlockEntry
+
+log = logging.getLogger(__name__)
 
 # Each block's file, its bitmaps, and room for a few more.
 _DESCRIPTORS_PER_BLOCK: Final = 12
@@ -167,6 +170,8 @@ class ParkingGuest:
         """The end of this process; HostError if the files cannot be removed."""
         if not self.irreplaceable:
             await trio.to_thread.run_sync(self._parking.discard)
+        elif self.state is GuestState.INCOMING:
+            log.warning("%s is incomplete, and nobody else may have it", self.directory)
         self.close()
 
     def close(self) -> None:

@@ -97,13 +97,17 @@ class Parking:
         self.close()
 
     def close(self) -> None:
+        self._close_blocks()
+        self._directory.close()
+
+    def _close_blocks(self) -> None:
         for fd in self.fds:
             os.close(fd)
         self.fds = []
-        self._directory.close()
 
     def discard(self) -> None:
         """Leave the place as it was before `create`; what came is lost."""
+        self._close_blocks()  # without them there are descriptors left for this
         with files.named(self.path, "remove"):
             for name in os.listdir(self.path):
                 os.unlink(self.path / name)

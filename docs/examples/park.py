@@ -41,7 +41,7 @@ def main() -> None:
         say(f"\nNo QEMU runs any more. The guest has counted to {before.counts[-1]}.")
         show_directory(parked)
         second = LinuxGuest(
-            directory, "second", disk=directory / "disk", incoming=True, earlier=[first]
+            directory, "second", disk=directory / "disk", incoming=True, earlier=first
         )
         stack.enter_context(second)
         run_again(second, directory, parked, before)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support import saved
-from support.qemu import Qemu
+from support.qemu import Qemu, QemuProcess
 from support.ram import MIB, PAGE, Block
 
 from common.errors import HostError
@@ -74,6 +74,40 @@ async def test_every_byte(
         else:
             # Pages that are zero take no room.
             assert used * 512 < sum(map(len, contents.values()))
+
+
+class Furnished(QemuProcess):
+    """A machine with ROMs and devices, and memory that is not plugged in."""
+
+    machine = "q35"
+
+    def _machine_arguments(self) -> list[str]:
+        return [
+            *("-M", "q35", "-accel", "tcg", "-S", "-m", "64M,slots=1,maxmem=2G"),
+            *("-object", "memory-backend-ram,id=more,size=256M"),
+            *("-device", "virtio-mem-pci,memdev=more,requested-size=64M"),
+            *("-smp", "2", "-vga", "std", "-device", "e1000", "-device", "qemu-xhci"),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("version", "mapped"), [("10", False), ("10", True), ("7.2", False)]
+)
+async def test_a_machine_with_many_devices(tmp_path: Path, version: str, mapped: bool):
+    with Furnished(version=version) as qemu:
+        saved.save(qemu, tmp_path / "file", mapped=mapped)
+    await import_file(tmp_path / "file", tmp_path / "vm")
+    with Parked.open(tmp_path / "vm") as parked:
+        parked.verify()
+        assert parked.manifest.machine.startswith("pc-q35-")
+        assert parked.manifest.run_state == "prelaunch"
+        assert {"pc.ram", "pc.bios", "/rom@etc/acpi/tables"} < {
+            block.name for block in parked.manifest.blocks
+        }
+        # Since 8.0 virtio-mem says in front of RAM what is plugged in.
+        assert bool(parked.early) is (version == "10")
+        assert any("virtio-mem" in name for name in parked.manifest.devices)
+        assert parked.manifest.devices[-1] == "globalstate"
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +14,7 @@ from support.parking import (
     both_complete,
     end,
     recover,
+    wait_for_pages,
     wait_status,
 )
 from support.relay import Relay
@@ -26,21 +26,6 @@ pytestmark = [pytest.mark.qemu, pytest.mark.linux, pytest.mark.userfaultfd]
 
 CUTS = 10
 PAUSED = "postcopy-paused"
-PATIENCE = 30.0
-
-
-def remaining(source: Any) -> int:
-    found: int = source.query()["ram"]["remaining"]
-    return found
-
-
-def wait_for_pages(source: Any) -> None:
-    """Until some have been sent; there are others to come."""
-    start = remaining(source)
-    deadline = time.monotonic() + PATIENCE
-    while (left := remaining(source)) >= start:
-        assert time.monotonic() < deadline, f"{left} bytes remain"
-    assert left > 0
 
 
 def cut_and_recover(relay: Relay, source: Any, destination: Any) -> None:

@@ -27,7 +27,7 @@ def test_guest_is_moved_by_qemu(private_dir: Path, version: str, machine: str) -
             machine=machine,
             disk=disk,
             incoming=True,
-            earlier=[source],
+            earlier=source,
         ) as destination:
             source.set_parameters(max_bandwidth=0)
             source.migrate(destination.listen())

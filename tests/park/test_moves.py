@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -88,7 +89,7 @@ def test_guest_of_an_older_qemu(private_dir: Path) -> None:
         guest.wait_busy()
         shop.park(guest, "postcopy")
         before = guest.console()
-        shop.settings["version"] = "10"
+        shop.kind = replace(shop.kind, version="10")
         guest = shop.serve("preempt")
         assert guest.version == "10"
         guest.wait_continued(before)

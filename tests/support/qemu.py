@@ -271,7 +271,12 @@ class QemuProcess:
             return str(error)  # a destination ends; stderr says why
 
     def _explained(self, error: QemuError, doing: str = "") -> QemuError:
-        parts = [str(error), doing, f"statuses {self.statuses}", self.stderr.strip()]
+        ended = self.process.poll()
+        parts = [
+            str(error),
+            f"exit status {ended}" if ended is not None else "",
+            *(doing, f"statuses {self.statuses}", self.stderr.strip()),
+        ]
         return QemuError("; ".join(part for part in parts if part))
 
 

@@ -13,7 +13,10 @@
 struct result urgent_serve(struct source *s, struct ram_block *block,
                            uint64_t offset, uint64_t asked_ns);
 
-/* For the pump: where to go on, if somebody has asked since the last time. */
-void urgent_take_hint(struct source *s);
+/*
+ * For the pump: go on behind what was asked for. False if nobody has asked
+ * since the last time.
+ */
+bool urgent_take_hint(struct source *s);
 
 #endif

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,6 +146,24 @@ async def test_advised(tmp_path: Path):
         assert parked.manifest.advised
         assert [b.page_size for b in parked.manifest.blocks] == [2 << 20, PAGE]
         assert os.pread(parked.blocks()[0], PAGE, 3 * PAGE) == data
+
+
+def test_more_blocks_than_descriptors(tmp_path: Path):
+    """Each takes several; the verbs raise the limit that shells begin with."""
+    names = [f"block {number}" for number in range(300)]
+    setup = section.encode_ram_setup(
+        [section.BlockEntry(idstr=name, length=PAGE) for name in names]
+    )
+    pages = part(*(ram.Page(0, name, DATA["rom", 1]) for name in names), end=True)
+    stream = head() + section.encode_section(start(), setup) + pages + ENDING
+    (tmp_path / "file").write_bytes(stream)
+    for verb in (f"import {tmp_path}/file", "verify"):
+        subprocess.run(
+            ["sh", "-c", f"ulimit -Sn 256; srcd {verb} {tmp_path}/vm"],
+            check=True,
+            capture_output=True,
+            timeout=60,
+        )
 
 
 async def test_an_empty_directory_stays(tmp_path: Path):

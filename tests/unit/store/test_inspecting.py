@@ -41,10 +41,11 @@ def test_inspect(parked: Path, capsys: pytest.CaptureFixture[str]):
     assert lines[3] == "RAM          1.0 MiB, of which 356 KiB data"
     assert lines[4] == "  pc.ram     1.0 MiB, 348 KiB data"
     assert lines[7].startswith("devices      ")
-    assert lines[7].endswith("bytes of state of 1: thing")
-    assert lines[8].startswith("checksums    of 19 regions")
-    assert lines[9] == "working set  none yet"
-    assert lines[10] == "command-line: qemu-system-x86_64 -M pc"
+    assert lines[7].endswith("bytes of state of 1:")
+    assert lines[8].strip() == "thing"
+    assert lines[9].startswith("checksums    of 19 regions")
+    assert lines[10] == "working set  none yet"
+    assert lines[11] == "command-line: qemu-system-x86_64 -M pc"
 
 
 def test_inspect_for_programs(parked: Path, capsys: pytest.CaptureFixture[str]):
@@ -82,6 +83,15 @@ def test_what_is_not_known(tmp_path: Path):
     assert "xml: 2 lines, see --json" in lines
     assert "arguments: -M pc" in lines
     assert lines[2].startswith("origin       not known, ")
+
+
+def test_many_devices_take_several_lines():
+    names = ["cpu", "cpu", *(f"0000:00:{slot:02x}.0/virtio-blk" for slot in range(20))]
+    lines = list(inspecting._devices({"device-state": 5 << 20, "devices": names}))
+    assert lines[0] == "devices      5 MiB of state of 22:"
+    assert lines[1].startswith("             cpu x2, 0000:00:00.0/virtio-blk, ")
+    assert max(map(len, lines)) <= 80
+    assert ", ".join(map(str.strip, lines[1:])).count("virtio-blk") == 20
 
 
 def test_data_is_counted_within_the_block(tmp_path: Path):
