@@ -43,7 +43,11 @@ class Link:
     def _carry(self, giver: socket.socket, taker: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := giver.recv(AT_ONCE):
-                taker.sendall(data)
+                try:
+                    taker.sendall(data)
+                except OSError:
+                    # Who sends more gets a reset, as from the taker itself.
+                    giver.shutdown(socket.SHUT_RDWR)
         # The end of one direction is the end of that direction alone.
         if not self._broken:
             with contextlib.suppress(OSError):
