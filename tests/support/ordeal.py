@@ -59,7 +59,7 @@ class Ordeal:
         self.restarts: Counter[str] = Counter()
         self.attempts = 0
         """To recover, without those in vain on purpose."""
-        self._memory = memory or guest_memory(_child(ends.dst.process.pid))
+        self._memory = memory or guest_memory(child(ends.dst.process.pid))
         self._last = 0
 
     def suffer(self, strike: Strike) -> None:
@@ -177,10 +177,11 @@ def guest_memory(process: Path) -> int:
     raise LookupError(f"{process} has no memory of a guest")
 
 
-def _child(daemon: int) -> Path:
-    (child,) = [
-        child
+def child(daemon: int) -> Path:
+    """The folder of /proc of the only process that a daemon has started."""
+    (pid,) = [
+        pid
         for task in Path(f"/proc/{daemon}/task").iterdir()
-        for child in (task / "children").read_text().split()
+        for pid in (task / "children").read_text().split()
     ]
-    return Path(f"/proc/{child}")
+    return Path(f"/proc/{pid}")
