@@ -272,6 +272,7 @@ def test_without_tracking_every_page_counts_as_dirty(private_dir: Path) -> None:
         assert_unharmed(dst, before)
 
 
+@pytest.mark.alone
 def test_each_daemon_stays_small(private_dir: Path) -> None:
     """12 GiB of guest, most of it never touched: 64 MiB for a daemon's own."""
     with (

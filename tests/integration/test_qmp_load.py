@@ -9,8 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from support import qmp_load
 from support.daemons import Source
+
+pytestmark = [pytest.mark.alone]
 
 CLIENTS = 200
 ROUNDS = 2

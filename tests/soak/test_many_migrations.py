@@ -77,6 +77,7 @@ def test_huge_pages(
     migrate_once(private_dir, seed, "256M", "--hugepages", "2M", preempt=bool(seed % 2))
 
 
+@pytest.mark.alone
 def test_12_gib(private_dir: Path) -> None:
     """Two thirds of it filled: both copies have to fit into this machine."""
     with (

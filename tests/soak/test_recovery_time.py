@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-pytestmark = [pytest.mark.soak, pytest.mark.kvm, pytest.mark.userfaultfd]
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.soak,
+    pytest.mark.kvm,
+    pytest.mark.userfaultfd,
+]
 
 GIB = 1 << 30
 # Bytes of RAM for which one byte of a bitmap is sent.
