@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final, NoReturn, Self
@@ -75,6 +76,7 @@ class StoredGuest:
     def __init__(
         self, directory: str, *, clone: bool, lazy: bool, learns: bool = True
     ) -> None:
+        _allow_descriptors()
         self.parked = Parked.open(directory)
         try:
             self.parked.lock(clone=clone)
@@ -164,3 +166,9 @@ class StoredGuest:
     def close(self) -> None:
         self.parked.close()
         self.blocks = ()
+
+
+def _allow_descriptors() -> None:
+    """As many as the host lets us have: a VM may have hundreds of RAM blocks."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
