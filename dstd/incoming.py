@@ -341,6 +341,11 @@ class IncomingMigration:
                     self._devices.early += await receive_early_untrusted(
                         link.main, bytes([kind]), link.section_id
                     )
+                    fields.bounded(
+                        "device state in front of RAM",
+                        len(self._devices.early),
+                        c.MAX_PACKAGE,
+                    )
                     await self._parking.set_early(self._devices.early)
                 case c.QEMU_VM_SECTION_START:
                     await self._refuse_start(link)
