@@ -74,8 +74,11 @@ class Channel:
         """Who is at the other end, for people."""
         if not self.native.is_socket:
             return "a file"
-        with socket.socket(fileno=os.dup(self.fd)) as sock:
-            name = sock.getpeername()
+        try:
+            with socket.socket(fileno=os.dup(self.fd)) as sock:
+                name = sock.getpeername()
+        except OSError:
+            return "a connection that is gone"
         return f"{name[0]} port {name[1]}" if isinstance(name, tuple) else "this host"
 
     def hung_up(self) -> bool:

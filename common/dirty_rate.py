@@ -185,7 +185,7 @@ def choose(
         pages = block.length // PAGE
         count = min(pages, max(1, wanted * block.length // total))
         numbers = dice.sample(range(pages), count)
-        chosen += [(block.fd, number * PAGE) for number in numbers]
+        chosen += [(block.fd, block.start + number * PAGE) for number in numbers]
     return chosen
 
 

@@ -168,6 +168,7 @@ class Monitor:
             raise CommandError(problem)
         block, offset = self._locate(address, size)
         try:
+            offset += block.start
             await trio.to_thread.run_sync(_save, block.fd, offset, size, path)
         except OSError as error:
             raise CommandError(f"Could not open '{path}': {error.strerror}") from None

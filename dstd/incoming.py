@@ -451,6 +451,11 @@ class IncomingMigration:
                     self._devices.early += await receive_early_untrusted(
                         link.main, bytes([kind]), link.loader.section_id
                     )
+                    fields.bounded(
+                        "device state in front of RAM",
+                        len(self._devices.early),
+                        c.MAX_PACKAGE,
+                    )
                     await self._parking.set_early(self._devices.early)
                 case c.QEMU_VM_SECTION_START:
                     await self._refuse_start(link)
@@ -524,9 +529,20 @@ class IncomingMigration:
             await link.peer.wait_for_commit()
         else:
             # Before the guest runs here: if this fails it goes on there.
-            await link.peer.let_go()
+            await self._let_go(link)
         await self._start_guest(self._devices.running and not self._paused())
         await self._complete(link)
+
+    async def _let_go(self, link: Connection) -> None:
+        """The source gives the guest up when it has read this, before we know."""
+        if self._parking:
+            self._parking.irreplaceable = True
+        try:
+            await link.peer.let_go()
+        except ChannelLost:
+            if self._parking:
+                self._parking.irreplaceable = False
+            raise
 
     async def _start_guest(self, run: bool) -> None:
         if self._parking:

@@ -7,6 +7,7 @@ never runs here: it becomes a running VM in a QEMU that it is migrated to.
 from __future__ import annotations
 
 import logging
+import resource
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, NoReturn, Self
 
@@ -80,6 +81,7 @@ class StoredGuest:
         learns: bool = True,
         beside: str,
     ) -> None:
+        _allow_descriptors()
         self.parked = Parked.open(directory)
         try:
             self.parked.lock(clone=clone)
@@ -172,3 +174,9 @@ class StoredGuest:
         self._kept.close()
         self.parked.close()
         self.blocks = ()
+
+
+def _allow_descriptors() -> None:
+    """As many as the host lets us have: a VM may have hundreds of RAM blocks."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from support.stream_samples import DESCRIPTION, SAMPLES, Sample
 
 from common.errors import StreamError
-from common.stream import vmdesc
+from common.stream import constants as c
+from common.stream import fields, foreign, section, vmdesc
 
 MAX_INPUT = 1 << 16
 # Integers at which lengths, counts and offsets change their meaning.
@@ -33,8 +34,50 @@ EDGES = [
     if 0 <= edge < 1 << 8 * size
 ]
 SPLICES = [sample.wire[:512] for sample in SAMPLES]
+BLOCKS = section.encode_ram_setup(
+    [
+        section.BlockEntry(idstr="pc.ram", length=4 << 20, page_size=2 << 20),
+        section.BlockEntry(idstr="pc.bios", length=1 << 18),
+    ]
+)
+SECTIONS = section.encode_section(
+    section.Full(section_id=9, name="device", instance=0, version=1), b"state"
+) + section.encode_section(
+    section.Full(section_id=3, name=c.GLOBALSTATE_SECTION, instance=0, version=1),
+    section.encode_globalstate(section.GlobalState("running")),
+)
+
+
+def foreign_sections(wire: bytes) -> object:
+    """All that is asked of sections that nobody here can read."""
+    return (
+        foreign.run_state_untrusted(wire),
+        foreign.ends_with_globalstate_untrusted(wire),
+        foreign.ends_with_section_untrusted(wire),
+        foreign.end_of_section_untrusted(wire, 2),
+    )
+
+
+def foreign_blocks(wire: bytes) -> object:
+    return foreign.read_ram_setup_untrusted(fields.over(wire), advised=True)
+
+
 TARGETS = [
     *SAMPLES,
+    Sample(
+        name="blocks of a guest that is not known",
+        wire=BLOCKS,
+        value=None,
+        decode=foreign_blocks,
+        encode=lambda _: BLOCKS,
+    ),
+    Sample(
+        name="sections of a guest that is not known",
+        wire=SECTIONS,
+        value=None,
+        decode=foreign_sections,
+        encode=lambda _: SECTIONS,
+    ),
     Sample(
         name="lengths of a description",
         wire=DESCRIPTION,

@@ -506,3 +506,29 @@ async def test_nobody_comes_to_a_used_descriptor(
     assert scope.cancelled_caught
     one.close()
     listener.close()
+
+
+async def test_what_is_looked_at_stays(pair: Pair) -> None:
+    ours, theirs = pair
+    await theirs.write(b"0123456789")
+    assert (await ours.look(4)).startswith(b"0123")
+    assert await ours.look(10) == b"0123456789"
+    assert await ours.decode(lambda read: read(3)) == b"012"
+    assert await ours.look(1) == b"3456789"
+    theirs.shutdown()
+    with pytest.raises(ChannelLost):
+        await ours.look(8)
+
+
+async def test_who_is_there() -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    with listener, socket.create_connection(listener.getsockname()) as theirs:
+        fd, (host, port) = listener.accept()
+        channel = Channel(fd.detach(), "main")
+        assert channel.peer() == f"{host} port {port}"
+        theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1" + bytes(7))
+        theirs.close()
+        with pytest.raises(ChannelLost):
+            await channel.decode(lambda read: read(1))
+        assert channel.peer() == "a connection that is gone"
+        channel.close()

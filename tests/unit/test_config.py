@@ -66,6 +66,17 @@ def test_parked(parse: Callable[[list[str]], ServeConfig]) -> None:
     )
 
 
+def test_parking() -> None:
+    """Any VM comes: nothing else is said of it."""
+    config = dstd.cli.parse([*QMP, "--park", "/vm"])
+    assert config.guest.park == "/vm"
+    assert (config.guest.memory, config.guest.ram) == (None, ())
+    assert srcd.cli.parse([*QMP, "--memory", "1M"]).guest.park is None
+    for words in (["--memory", "1M"], ["--guest", "g"], ["--ram", "a=b"]):
+        with pytest.raises(SystemExit, match="2"):
+            dstd.cli.parse([*QMP, "--park", "/vm", *words])
+
+
 @BOTH
 @pytest.mark.parametrize(
     ("words", "text"),
