@@ -498,7 +498,9 @@ def test_given_back_other_device(
             bytes(range(256)) * 64, ("migration stream", "0x10203"), id="bytes"
         ),
         pytest.param(b"QEVM\0\0\0\2", ("version",), id="version"),
-        pytest.param(b"\x11\x22\x33\x44" + bytes(60), ("0x11223344",), id="multifd"),
+        pytest.param(
+            b"\x11\x22\x33\x44" + bytes(60), ("multifd", "switch it off"), id="multifd"
+        ),
     ],
 )
 def test_stranger_on_the_port(

@@ -23,6 +23,7 @@ from dstd import record as incoming
 from dstd.commands import DestinationCommands
 from srcd import record as outgoing
 from srcd.commands import SourceCommands
+from srcd.sections import save_device_state
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -158,7 +159,8 @@ DESTINATIONS = [
 
 async def leave(guest: KeepingGuest, record: incoming.Record) -> None:
     keeping = Keeping(guest)
-    package = encode_package(Package(sections=b""))
+    state = await save_device_state(guest, "running")
+    package = encode_package(Package(sections=state.sections))
     for name, length in (
         (incoming.RECEIVED, 1 << 16),
         (incoming.PACKAGE, len(package)),
