@@ -68,4 +68,4 @@ uninstall: ## remove what `make install` put there; the same variables
 	@DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" systemd/install -r
 
 clean: ## remove .venv and everything built
-	rm -rf .venv build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf --one-file-system .venv build .mypy_cache .pytest_cache .ruff_cache .hypothesis
