@@ -156,7 +156,8 @@ def killed(ordeal: Ordeal) -> None:
 
 STRIKES = (
     *(pause("source"), pause("destination")),
-    *(broken(Link.close, 0), broken(Link.reset, 0)),
+    # Of main alone no reset: now and then a QEMU that sends does not notice it.
+    broken(Link.close, 0),
     *(broken(Link.close, 0, 1), broken(Link.reset, 1, 0)),
     killed,
 )
