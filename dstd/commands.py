@@ -11,6 +11,7 @@ from common.errors import GuestError, HostError
 from common.guest.base import GuestState
 from common.guest.keeping import Keeping
 from common.guest.parking import ParkingGuest
+from common.host import journal as journald
 from common.qmp.session import CommandError
 from common.status import MigrationStatus as M
 from dstd.incoming import IncomingMigration
@@ -134,6 +135,7 @@ class DestinationCommands:
             await self._start_anew(journal)
             return False
         self._monitor.settings.restore_untrusted(journal.record.settings)
+        journald.begin_migration()
         migration = self._migration = self._new_migration(journal)
         await migration.take_up()
         log.warning(
@@ -163,6 +165,7 @@ class DestinationCommands:
 
     async def listen(self, target: address.Address, *, exit_on_error: bool) -> None:
         """Begin to wait for a source; HostError if the address cannot be bound."""
+        journald.begin_migration()
         migration = self._new_migration()
         try:
             await migration.listen(target)

@@ -13,6 +13,7 @@ from common.dirty_rate import DirtyRate
 from common.errors import MigrationError
 from common.guest.keeping import Keeping
 from common.guest.stored import StoredGuest
+from common.host import journal as journald
 from common.qmp.session import CommandError
 from common.status import MigrationStatus as M
 from common.tuning import USUAL, Tuning
@@ -143,6 +144,7 @@ class SourceCommands:
         log.warning(
             "taking up what the daemon before this one has left: %s", record.phase
         )
+        journald.begin_migration()
         migration = self._migration = self._new_migration(journal)
         migration.take_up()
         self._recovery = AutomaticRecovery(migration, self._emit)
@@ -187,6 +189,7 @@ class SourceCommands:
                 "Can't migrate the vm that was paused due to previous migration"
             )
         await self._dirty_rate.abandon()
+        journald.begin_migration()
         migration = self._migration = self._new_migration()
         self._recovery = AutomaticRecovery(migration, self._emit)
         self._status.set(M.SETUP)

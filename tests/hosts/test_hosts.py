@@ -148,6 +148,12 @@ def test_status_and_journal(bed: Bed, name: str) -> None:
         said = [one["MESSAGE"] for one in ours]
         for status in ("active", "postcopy-active", "completed"):
             assert any(line.endswith(f" becomes {status}") for line in said), said
+        (migration,) = {one.get("POSTCOPYD_MIGRATION") for one in ours} - {None}
+        found = side.host.check(
+            *("journalctl", "-q", "-o", "cat", f"POSTCOPYD_MIGRATION={migration}"),
+            "POSTCOPYD_STATUS=postcopy-active",
+        )
+        assert found.strip().endswith("becomes postcopy-active"), found
         assert len(ours) < 40, "a whole migration is some dozen lines"
         # All of a guest's units at once.
         found = side.host.check(
