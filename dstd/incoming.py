@@ -292,6 +292,8 @@ class IncomingMigration:
                     await self._take(Connection(main, self.memory), self._receive)
                 elif self.status.now is M.POSTCOPY_PAUSED:
                     self._standing.start_soon(self._answer_faults)
+                    if self._running.is_set():
+                        self._let_serve()
                 while self.status.now is M.POSTCOPY_PAUSED:
                     await self._come_back()
                 self._standing.cancel_scope.cancel()
@@ -614,6 +616,7 @@ class IncomingMigration:
                 await self._start_guest(True)
                 self._journal.write(phase=Phase.RUNNING)
                 self._running.set()
+            self._let_serve()
 
     @property
     def _preempt_expected(self) -> bool:
@@ -751,6 +754,19 @@ class IncomingMigration:
             await self._command(link, await link.peer.command())
 
     # -- parking
+
+    def _let_serve(self) -> None:
+        """A parked VM is ours from now on, so it may be passed on as it comes."""
+        if self._parking:
+            self._standing.start_soon(self._pass_on, self._parking)
+
+    async def _pass_on(self, guest: ParkingGuest) -> None:
+        """Ask for the pages that whoever serves it asks for."""
+        try:
+            with guest.upstream() as socket:
+                await self.memory.pass_on(socket)
+        except HostError as error:
+            log.warning("this VM is not served before it is complete: %s", error)
 
     async def _park(self, guest: ParkingGuest) -> None:
         """All has come: make it a parked VM, before the source lets it go."""

@@ -21,6 +21,7 @@ from common.stream.constants import TARGET_PAGE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from common.stream.section import BlockEntry
 
@@ -100,6 +101,10 @@ class ParkingGuest:
         """
         await self._parking.commit(sections, description, run_state, origin)
         self.state = GuestState.PAUSED
+
+    def upstream(self) -> AbstractContextManager[int]:
+        """It is ours now, and may be served: a socket at which that asks for pages."""
+        return self._parking.upstream()
 
     # -- what a process after this one needs
 

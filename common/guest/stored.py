@@ -7,6 +7,7 @@ never runs here: it becomes a running VM in a QEMU that it is migrated to.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
 import trio
@@ -14,6 +15,7 @@ import trio
 from common.errors import GuestError, HostError
 from common.guest.base import Device, GuestState, RamBlock
 from common.guest.keeping import KeptFiles
+from common.store.arriving import Arriving
 from common.store.directory import Parked
 
 if TYPE_CHECKING:
@@ -25,8 +27,27 @@ log = logging.getLogger(__name__)
 NO_DESCRIPTION: Final = b"{}"
 
 
+def _open(directory: str, *, lazy: bool) -> Parked:
+    """A complete one, or one that arrives while it is served."""
+    path = Path(directory)
+    if not Arriving.is_here(path):
+        return Parked.open(path)
+    if not lazy:
+        raise HostError(
+            f"{directory} is incomplete: the VM still arrives; serve it with"
+            " --restore lazy, or wait"
+        )
+    try:
+        return Arriving.open(path)
+    except HostError:
+        if Arriving.is_here(path):
+            raise
+        return Parked.open(path)  # it has become complete meanwhile
+
+
 class StoredGuest:
-    """The parked VM in `directory`; HostError if that is not complete, or in use.
+    """The parked VM in `directory`; HostError if that is in use, or not complete
+    nor on its way by postcopy.
 
     Not as a `clone` it runs once: it is refused when it runs elsewhere already.
     `lazy`: it is to run before its RAM is there. `learns`: what it asks for first
@@ -52,7 +73,7 @@ class StoredGuest:
         learns: bool = True,
         beside: str,
     ) -> None:
-        self.parked = Parked.open(directory)
+        self.parked = _open(directory, lazy=lazy)
         try:
             self.parked.lock(clone=clone)
         except HostError:
@@ -69,6 +90,8 @@ class StoredGuest:
         self.blocks: Sequence[RamBlock] = self._opened()
         was = self.parked.manifest.run_state
         log.info("a parked VM that was %s, machine %s", was, self.machine)
+        if isinstance(self.parked, Arriving):
+            log.info("it has not wholly arrived, and is passed on as it comes")
         if lazy and was != "running":
             log.warning("the VM was %s: start QEMU with -S to keep it so", was)
 
