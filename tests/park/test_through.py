@@ -10,7 +10,6 @@ import pytest
 from support.parking import (
     CRAWL,
     FAST,
-    INTO,
     OUT,
     Workshop,
     begin_parking,
@@ -21,7 +20,6 @@ from support.parking import (
 )
 from support.relay import Relay
 
-from common.errors import HostError
 from common.store.directory import Parked
 
 if TYPE_CHECKING:
@@ -123,3 +121,109 @@ def test_guest_runs_before_it_has_arrived(
         end(source)
         far.wait_continued(before)
         assert_parked(shop, before)
+
+
+@pytest.mark.parametrize("into", ["postcopy", "preempt"])
+def test_cut_upstream(private_dir: Path, into: str) -> None:
+    """The far end waits for pages that are to come, and goes on with them."""
+    with Workshop(private_dir, disk=False) as shop, Relay() as relay:
+        with arriving(shop, into, relay) as (source, dstd, before):
+            far = shop.waiting("postcopy-ram")
+            with shop.server() as srcd:
+                srcd.migrate(far.listen())
+                goes_on(far, before)
+                for link in relay.links:
+                    link.reset()
+                relay.links.clear()
+                wait_status((source, dstd), "postcopy-paused")
+                assert srcd.query()["status"] == "postcopy-active"
+                recover(source, dstd, relay)
+                assert_half_to_come(shop, source)
+                goes_on(far, far.console(), 10)
+                source.set_parameters(max_postcopy_bandwidth=FAST)
+                both_complete(source, dstd)
+                both_complete(srcd, far)
+        end(source)
+        far.wait_continued(before)
+        assert_parked(shop, before)
+
+
+def test_daemons_die(private_dir: Path) -> None:
+    """The one that fills the directory, then the one that serves it."""
+    with Workshop(private_dir, disk=False) as shop:
+        with arriving(shop, "postcopy") as (source, dstd, before):
+            far = shop.waiting("postcopy-ram")
+            with shop.server() as srcd:
+                srcd.migrate(far.listen())
+                goes_on(far, before)
+                dstd.process.kill()
+                source.wait_status("postcopy-paused")
+                with shop.parker_again() as dstd_again:
+                    recover(source, dstd_again)
+                    goes_on(far, far.console(), 10)
+                    srcd.process.kill()
+                    far.wait_status("postcopy-paused")
+                    with shop.server_again() as srcd_again:
+                        recover(srcd_again, far)
+                        goes_on(far, far.console(), 10)
+                        assert_half_to_come(shop, source)
+                        source.set_parameters(max_postcopy_bandwidth=FAST)
+                        both_complete(source, dstd_again)
+                        both_complete(srcd_again, far)
+        end(source)
+        far.wait_continued(before)
+        assert_parked(shop, before)
+
+
+def test_not_by_precopy(private_dir: Path) -> None:
+    """Nobody can wait for a page there; nothing wrong is sent, or lost."""
+    with Workshop(private_dir, disk=False) as shop:
+        with arriving(shop, "postcopy") as (source, dstd, before):
+            with pytest.raises(RuntimeError, match="incomplete: the VM still arrives"):
+                shop.server("--restore", "precopy").__enter__()
+            far = shop.waiting()
+            with shop.server() as srcd:
+                srcd.execute(
+                    "migrate-set-capabilities",
+                    capabilities=[{"capability": "postcopy-ram", "state": False}],
+                )
+                srcd.migrate(far.listen())
+                assert srcd.wait_status("completed", "failed") == "failed"
+                assert "has not wholly arrived" in srcd.query()["error-desc"]
+            source.set_parameters(max_postcopy_bandwidth=FAST)
+            both_complete(source, dstd)
+        end(source)
+        shop.serve("full").wait_continued(before)
+
+
+def test_not_before_it_is_ours(private_dir: Path) -> None:
+    """In precopy the guest runs at its source."""
+    with Workshop(private_dir, disk=False) as shop:
+        guest = shop.boot()
+        guest.wait_busy()
+        with shop.parker() as dstd:
+            begin_parking(guest, dstd, "precopy")
+            with pytest.raises(RuntimeError, match="incomplete: only a part"):
+                shop.server().__enter__()
+            guest.set_parameters(max_bandwidth=FAST)
+            both_complete(guest, dstd)
+
+
+def test_runs_once(private_dir: Path) -> None:
+    """Two that serve it at once are refused, before and after it is complete."""
+    with Workshop(private_dir, disk=False) as shop:
+        with arriving(shop, "postcopy") as (source, dstd, before):
+            with shop.server():
+                refusal = "is being served by another process"
+                with pytest.raises(RuntimeError, match=refusal):
+                    shop.server().__enter__()
+                source.set_parameters(max_postcopy_bandwidth=FAST)
+                both_complete(source, dstd)
+                with pytest.raises(RuntimeError, match=refusal):
+                    shop.server().__enter__()
+            # It was not taken away, so it is still there to be.
+            far = shop.serve("lazy")
+        end(source)
+        far.wait_continued(before)
+        with pytest.raises(RuntimeError, match="runs elsewhere"):
+            shop.server().__enter__()
