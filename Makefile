@@ -2,7 +2,7 @@
 # Everything needs Debian 12; `make setup` installs the rest.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build demo test lint format types unit native conformance \
+.PHONY: help setup build demo demo-park test lint format types unit native conformance \
 	integration park test-hosts fuzz soak bench clean install uninstall
 
 help: ## this list
@@ -15,6 +15,9 @@ build: setup ## the same: builds again what has changed
 
 demo: setup ## move a running guest on this machine, and look at its memory
 	@PYTHONPATH=tests .venv/bin/python docs/examples/live_move.py
+
+demo-park: setup ## park a Linux guest of QEMU, and run it again from there
+	@PYTHONPATH=tests .venv/bin/python docs/examples/park.py
 
 test: ## set up, and run every test; under 20 minutes
 	@.ci/stages

@@ -345,7 +345,7 @@ def guest_config(
         park=park,
         parked=parked,
         clone=getattr(found, "clone", False),
-        lazy=getattr(found, "restore", None) == "lazy",
+        lazy=parked is not None and found.restore == "lazy",
         working_set=not getattr(found, "no_working_set", False),
     )
 

@@ -78,6 +78,8 @@ class Devices:
                 self._run_state_untrusted(fields.over(found.body))
 
     def _keep(self, sections: bytes) -> None:
+        if not sections:
+            raise StreamError("the stream has no device state: this is no whole VM")
         self.sections = sections
         state = foreign.run_state_untrusted(sections)
         # QEMU runs a guest whose stream does not say.

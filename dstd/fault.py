@@ -80,8 +80,9 @@ class Memory:
         self._channel: CData = None
 
     def adopt(self, guest: Guest) -> None:
-        """The guest's blocks are known now; there were none."""
+        """The guest's blocks are known now; what they are of is not."""
         self._ram.open(guest.blocks)
+        self._native.unsent_is_hole = 1
         self._note_in(guest, None)
 
     def _note_in(self, guest: Guest, left: int | None) -> None:

@@ -154,6 +154,7 @@ class IncomingMigration:
         self._standing: trio.Nursery
         self._loaded = False  # PONG 3 has left: the source may give the guest up
         self._running = trio.Event()
+        self._asked = trio.Event()  # for a page, of a VM that is being parked
         self._told = False  # SHUT 0 has arrived for certain
         self._link: Connection | None = None  # the one that is, or was last
         self._waiting = trio.CancelScope()  # for a source that resumes
@@ -172,6 +173,12 @@ class IncomingMigration:
         listener = Listener(target, peer_timeout=self._tuning.peer_timeout)
         await listener.open()
         return listener
+
+    @property
+    def over(self) -> bool:
+        """Nobody need come any more, not even a source that does not know it."""
+        now = self.status.now
+        return now is M.FAILED or (now is M.COMPLETED and self._told)
 
     def addresses(self) -> list[dict[str, Json]]:
         return self._listener.describe() if self._listener else []
@@ -376,8 +383,11 @@ class IncomingMigration:
                 link.loader.advise()
             case command.SwitchoverStart():
                 pass
+            case command.AdviseEmpty() if self._parking:
+                pass  # capability dirty-bitmaps; it matters if there are any
             case command.Layout() if link.peer.is_srcd:
-                self.memory.expect_untrusted(found)
+                if not self._parking:
+                    self.memory.expect_untrusted(found)
             case _:
                 raise StreamError("command that does not belong here", got=found)
 
@@ -399,7 +409,9 @@ class IncomingMigration:
         )
         self.admission.check_blocks(blocks)
         if self._parking:
-            self._parking.adopt(self.admission.configuration, blocks, advised=advised)
+            await self._parking.adopt(
+                self.admission.configuration, blocks, advised=advised
+            )
             self.memory.adopt(self.guest)
         # Not before: a source that is refused must not cost us what we hold.
         await trio.to_thread.run_sync(self.memory.empty)
@@ -442,12 +454,14 @@ class IncomingMigration:
                     self._devices.early += await receive_early_untrusted(
                         link.main, bytes([kind]), link.loader.section_id
                     )
-                    self._parking.set_early(self._devices.early)
+                    await self._parking.set_early(self._devices.early)
                 case c.QEMU_VM_SECTION_START:
                     await self._refuse_start(link)
                 # A background snapshot has no END.
-                case c.QEMU_VM_SECTION_FULL if self._devices.opaque and (
-                    link.loader.ended or self._parking
+                case c.QEMU_VM_SECTION_FULL if (
+                    self._devices.opaque
+                    and (link.loader.ended or self._parking)
+                    and self.postcopy.now in (P.NONE, P.ADVISE)
                 ):
                     ending = await receive_ending_untrusted(
                         link.main, bytes([kind]), self._devices.early
@@ -476,6 +490,8 @@ class IncomingMigration:
             raise StreamError("the stream ended before its RAM section did")
         if self.postcopy.now in (P.LISTENING, P.RUNNING):
             return await self._end_postcopy(link)
+        if self._parking:
+            raise StreamError("the stream has no device state: this is no whole VM")
         # What is behind EOF: QEMU sends a description, others may send nothing.
         with suppress(ChannelLost):
             if await link.peer.next_kind() == c.QEMU_VM_VMDESCRIPTION:
@@ -501,8 +517,10 @@ class IncomingMigration:
     async def _arrive(self, link: Connection) -> None:
         """All is here: load the device state, take the guest over, run it."""
         await self._devices.load()
-        if self._parking:
+        if self._parking and link.peer.return_path:
             await self._park(self._parking)
+        elif self._parking:
+            await self._park_surely(self._parking)
         self._journal.write(phase=Phase.ARRIVED)
         if link.peer.is_srcd:
             await link.peer.say(returnpath.Pong(c.PING_LOADED))
@@ -515,6 +533,7 @@ class IncomingMigration:
 
     async def _start_guest(self, run: bool) -> None:
         if self._parking:
+            self._parking.irreplaceable = True
             return
         if run:
             await self.guest.cont()
@@ -600,6 +619,8 @@ class IncomingMigration:
         """Load the device state, say so, and run the guest."""
         await self._devices.load()
         self._journal.write(phase=Phase.LOADED)
+        if self._parking:
+            self._parking.irreplaceable = True
         self._loaded = True
         for value in package.pings:
             await peer.say(returnpath.Pong(value))
@@ -620,13 +641,17 @@ class IncomingMigration:
 
     @property
     def _preempt_expected(self) -> bool:
-        """What is parked comes as its source likes it."""
+        """What is parked comes as its source likes it: the channel is there, and
+        stays silent until something is asked for.
+        """
         return self.settings.on("postcopy-preempt") or self._parking is not None
 
     async def _load_urgent(self, link: Connection) -> None:
         """The preempt channel; its end is an error only while pages are missing."""
         await link.preempt_came.wait()
         assert link.preempt
+        if self._parking:
+            await self._asked.wait()
         loader = Loader(self.memory, link.preempt, preempt=True)
         try:
             await loader.urgent_pages()
@@ -764,6 +789,8 @@ class IncomingMigration:
         """Ask for the pages that whoever serves it asks for."""
         try:
             with guest.upstream() as socket:
+                await trio.lowlevel.wait_readable(socket)
+                self._asked.set()
                 await self.memory.pass_on(socket)
         except HostError as error:
             log.warning("this VM is not served before it is complete: %s", error)
@@ -777,7 +804,7 @@ class IncomingMigration:
             "running" if devices.running else "paused",
             f"migration from {self._link.main.peer() if self._link else '?'}",
         )
-        self._run_state("postmigrate")
+        log.info("the guest is parked in %s", guest.directory)
 
     async def _park_surely(self, guest: ParkingGuest) -> None:
         """Likewise, when the source may have given it up: until it succeeds.
@@ -785,6 +812,7 @@ class IncomingMigration:
         Its connection stays open meanwhile. A QEMU that loses it behind its EOF
         would run its guest again.
         """
+        guest.irreplaceable = True
         while True:
             try:
                 return await self._park(guest)
@@ -798,6 +826,9 @@ class IncomingMigration:
     async def _complete(self, link: Connection) -> None:
         await self._done(link)
         self.error = None
+        if self._parking:
+            self._parking.let_go()
+            self._run_state("postmigrate")
         self.status.set(M.COMPLETED)
 
     async def _done(self, link: Connection) -> None:

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from dstd.fault import Memory
     from dstd.incoming import IncomingMigration
 
-_OVER: Final = frozenset({M.COMPLETED, M.FAILED})
 _POSTCOPY: Final = frozenset(
     {M.POSTCOPY_ACTIVE, M.POSTCOPY_PAUSED, M.POSTCOPY_RECOVER, M.COMPLETED}
 )
@@ -25,7 +24,7 @@ def migration_info(migration: IncomingMigration) -> Mapping[str, Json]:
     info: dict[str, Json] = {"status": status}
     if migration.error:
         info["error-desc"] = str(migration.error)
-    if status not in _OVER and (addresses := migration.addresses()):
+    if not migration.over and (addresses := migration.addresses()):
         info["socket-address"] = addresses
     if status in _POSTCOPY and migration.settings.on("postcopy-blocktime"):
         info |= _blocktime(migration.memory)

@@ -59,6 +59,7 @@ def parse(
 
 
 def _add_verbs(verbs: Verbs) -> None:
+    errand.add_verbs(verbs)
     recover = verbs.add_parser("recover", help="recover a paused postcopy at both ends")
     recover.set_defaults(parser=recover)  # whose usage errors they are
     add = recover.add_argument

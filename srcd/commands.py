@@ -17,7 +17,7 @@ from common.qmp.session import CommandError
 from common.status import MigrationStatus as M
 from common.tuning import USUAL, Tuning
 from srcd.outgoing import OutgoingMigration
-from srcd.record import Phase, new_journal, record_of_untrusted
+from srcd.record import Phase, gone_to, new_journal, record_of_untrusted
 from srcd.recovery import AutomaticRecovery
 from srcd.report import migration_info
 from srcd.written import Written
@@ -25,7 +25,6 @@ from srcd.written import Written
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
-    from common.guest.base import Guest
     from common.guest.journal import Journal
     from common.monitor import Monitor
     from common.qmp.message import Json
@@ -129,17 +128,18 @@ class SourceCommands:
         """
         guest = self._monitor.guest
         journal = new_journal(guest, self._keeping)
-        if (content := journal.find()) is None:
-            _check_elsewhere(guest)
+        content = journal.find()
+        record = record_of_untrusted(content) if content else None
+        if isinstance(guest, StoredGuest) and guest.mark:
+            record = gone_to(guest.mark, record)
+        if record is None:
             return
-        record = journal.record = record_of_untrusted(content)
+        journal.record = record
         if record.guest_is_here:
             await self._keep_guest(record, journal)
-            _check_elsewhere(guest)
             return
-        if isinstance(guest, StoredGuest):
-            guest.comes_back = True
-        self._monitor.settings.restore_untrusted(record.settings)
+        if record.settings:
+            self._monitor.settings.restore_untrusted(record.settings)
         log.warning(
             "taking up what the daemon before this one has left: %s", record.phase
         )
@@ -311,9 +311,3 @@ class SourceCommands:
             return {}
         recovery = self._recovery.figures()
         return migration_info(self._migration, time.monotonic(), recovery)
-
-
-def _check_elsewhere(guest: Guest) -> None:
-    """A parked VM that runs elsewhere is not served a second time."""
-    if isinstance(guest, StoredGuest):
-        guest.check_elsewhere()

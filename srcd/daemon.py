@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from common.config import ServeConfig
     from common.qmp.message import Json
 
-# A VM that runs before its RAM is there is in postcopy from the first page on.
 POSTCOPY: Final[Mapping[str, Json]] = {"capability": "postcopy-ram", "state": True}
+EVENTS: Final[Mapping[str, Json]] = {"capability": "events", "state": True}
 
 
 async def serve(
@@ -35,8 +35,8 @@ async def serve(
         monitor = Monitor(guest, config.guest.name, guest_runs(guest))
         async with responsible_for(guest, config, monitor):
             monitor.settings.set_parameters(config.parameters)
-            if isinstance(guest, StoredGuest) and guest.lazy:
-                monitor.settings.set_capabilities([POSTCOPY])
+            if isinstance(guest, StoredGuest):
+                monitor.settings.set_capabilities(_capabilities(guest))
             commands = SourceCommands(
                 monitor,
                 nursery,
@@ -53,3 +53,14 @@ async def serve(
         nursery.cancel_scope.cancel()
     guest.close()
     return 0
+
+
+def _capabilities(guest: StoredGuest) -> list[Mapping[str, Json]]:
+    """What a parked VM needs that is not switched on by anybody.
+
+    A VM that runs before its RAM is there is in postcopy from the first page on;
+    and in the middle of one a client cannot switch anything on.
+    """
+    if guest.mark:
+        return [POSTCOPY, EVENTS]
+    return [POSTCOPY] if guest.lazy else []

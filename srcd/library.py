@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from functools import partial
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 def run_errand(asked: Errand) -> int:
     """Print the answer; returns the exit status, 1 if it is bad."""
+    _allow_descriptors()
     try:
         match asked.verb:
             case "inspect":
@@ -34,6 +36,12 @@ def run_errand(asked: Errand) -> int:
         print(f"srcd: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _allow_descriptors() -> None:
+    """As many as the host lets us have: a VM may have hundreds of RAM blocks."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _inspect(asked: Errand) -> None:

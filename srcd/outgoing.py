@@ -28,6 +28,7 @@ from common.channel import Channel, connect
 from common.errors import ChannelLost, GuestError, MigrationError, cause_of
 from common.guest.base import GuestState
 from common.guest.keeping import Keeping
+from common.guest.stored import Mark
 from common.status import MigrationStatus as M
 from common.stream import command, section
 from common.stream import constants as c
@@ -220,6 +221,7 @@ class OutgoingMigration:
         self._preempt_early = record.preempt_early
         if self.parked:
             self.parked.preempt = record.preempt
+            self._where = self.parked.where
         self.opened.set()
         # What there was before is not known any more.
         now = time.monotonic()
@@ -249,10 +251,9 @@ class OutgoingMigration:
 
         Paused, it waits for the order to resume; after `take_up` that is all.
         """
-        self._where = str(address)
         try:
             if address:
-                self.address = address
+                self.address, self._where = address, str(address)
                 await self._attempt(self._migrate, address)
             while self.status.now in (M.POSTCOPY_PAUSED, M.POSTCOPY_RECOVER_SETUP):
                 await self._attempt(self._recover, await self._resumes.receive())
@@ -435,6 +436,7 @@ class OutgoingMigration:
         await self.pump.last_pass()
         self.times.mark("pages")
         state = await self._save()
+        await self._before_it_runs()
         self._packaged(postcopy=False)
         await self._main.write(state.ending())
         self.times.mark("send")
@@ -459,6 +461,15 @@ class OutgoingMigration:
             preempt_early=self._preempt_early,
         )
 
+    @property
+    def _mark(self) -> Mark:
+        return Mark(self._where, self.peer.is_dstd, pending=self._wants_postcopy)
+
+    async def _before_it_runs(self) -> None:
+        """QEMU runs it at once; dstd asks before, by waiting for COMMIT."""
+        if self.parked and not self.peer.is_dstd:
+            await self.parked.mark_before(self._mark)
+
     async def _give_away(self) -> None:
         """The guest is the destination's, and this daemon's death changes nothing.
 
@@ -467,7 +478,7 @@ class OutgoingMigration:
         self._owner = Owner.DESTINATION
         self._journal.write(phase=Phase.GONE)
         if self.parked:
-            await self.parked.mark_running(self._where)
+            await self.parked.mark_running(self._mark)
 
     async def _commit(self) -> None:
         """The guest is given up for good: dstd runs it only when it has read this."""
@@ -533,7 +544,8 @@ class OutgoingMigration:
     # -- a parked VM: whether there is a preempt channel is found out
 
     def _finds_preempt(self, address: Address) -> bool:
-        return self.parked is not None and self._advises and takes_many(address)
+        unknown = self.parked is not None and self.parked.preempt is None
+        return unknown and self._advises and takes_many(address)
 
     async def _try_early(self, address: Address) -> None:
         """Nothing is heard: it may be QEMU 7, which waits for both."""
@@ -566,16 +578,20 @@ class OutgoingMigration:
     async def _send_package(self) -> None:
         self.pump.connect(self._main, self._preempt)
         self.pump.owe_dirty()
-        # dstd counts pages, and QEMU 7 waits for the last ones it asked for.
-        counts = self.peer.is_dstd or (self._preempt and self._preempt_early)
-        self.pump.leave_out_zeroes(not counts)
+        self._choose_zeroes()
         await self.pump.discards()
         self.times.mark("discard")
         state = await self._save()
+        await self._before_it_runs()
         self._packaged(postcopy=True)
         self.apply_limits()
         await self._main.write(state.package())
         self.times.mark("send")
+
+    def _choose_zeroes(self) -> None:
+        """dstd counts pages, and QEMU 7 waits for the last ones it asked for."""
+        counts = self.peer.is_dstd or (self._preempt and self._preempt_early)
+        self.pump.leave_out_zeroes(not counts)
 
     async def _end_postcopy(self) -> None:
         self.pump.will_end()
@@ -608,6 +624,7 @@ class OutgoingMigration:
             why = ChannelLost("the destination does not answer", channel="main")
             self._break(why)
             raise why
+        self._choose_zeroes()
         self.status.set(M.POSTCOPY_ACTIVE)
         if not self.times.handed_over:  # COMMIT was lost, and RESUME is as good
             self._handed_over()
@@ -616,11 +633,16 @@ class OutgoingMigration:
 
     async def _agree(self, address: Address) -> None:
         """What the destination has not received is owed, and it is ready for it."""
-        if self._preempt_early:
-            await self._connect_preempt(address)
-        await self.peer.tell_received(self._main, self.pump.blocks)
-        if not self._preempt_early:
-            await self._connect_preempt(address)
+        tell = partial(self.peer.tell_received, self._main, self.pump.blocks)
+        if self._finds_preempt(address):
+            await preempt.answered_or(partial(self._try_early, address), tell)
+            await self._find_preempt(address)
+        else:
+            if self._preempt_early:
+                await self._connect_preempt(address)
+            await tell()
+            if not self._preempt_early:
+                await self._connect_preempt(address)
         self.pump.connect(self._main, self._preempt)
         await self.peer.resume(self._main)
 
@@ -667,6 +689,8 @@ class OutgoingMigration:
         """The guest goes on here as it was before the migration."""
         if not self.times.stopped:
             return
+        if self.parked:
+            await self.parked.unmark()
         if not self._was_running:
             self._run_state("paused")
             return

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 import trio
 
 from common.errors import ChannelLost, HostError, MigrationError, Refused
-from common.guest.stored import StoredGuest
+from common.guest.stored import Mark, StoredGuest
 from common.native._native import lib
 from common.store.arriving import Arriving
 
@@ -24,17 +25,20 @@ MAX_PAGES: Final = int(lib.WORKING_SET_MAX)
 class Serving:
     """One migration of the parked VM `guest`, whose pages `pump` sends.
 
-    `preempt`: the destination has a preempt channel, as it was found out.
+    `preempt`: whether the destination has a preempt channel; None: not known yet.
     """
 
     def __init__(self, guest: StoredGuest, pump: Pump) -> None:
-        guest.check_elsewhere()
+        self.gone = guest.mark
+        """Where a daemon before this one had it sent; not all of it."""
+        if not guest.clone and not self.gone:
+            guest.check_elsewhere()
         self.lazy = guest.lazy
-        self.preempt = False
+        self.preempt: bool | None = None
         self._guest = guest
         self._pump = pump
         self._first = guest.parked.working_set if guest.learns else ()
-        self._marked = False
+        self._mark: Mark | None = self.gone
         parked = guest.parked
         if isinstance(parked, Arriving):
             pump.serve_stored(None, ())
@@ -54,23 +58,47 @@ class Serving:
             raise
 
     @property
+    def where(self) -> str:
+        """Where it has gone, if it has."""
+        return self._mark.address if self._mark else ""
+
+    @property
     def state_after(self) -> str:
         """QEMU's run state once the VM has gone; a copy can be served again."""
         return "prelaunch" if self._guest.clone else "postmigrate"
 
-    async def mark_running(self, where: str) -> None:
-        """From now on the VM runs there; nobody may serve it a second time."""
-        if self._guest.clone or self._marked:
+    async def mark_before(self, mark: Mark) -> None:
+        """The VM may run there before we know; should we die, nobody serves it again.
+
+        HostError if that cannot be marked: it must not run then.
+        """
+        if self._guest.clone or mark == self._mark:
             return
-        self._marked = True
+        await trio.to_thread.run_sync(self._guest.parked.mark_running, str(mark))
+        self._mark = mark
+
+    async def mark_running(self, mark: Mark) -> None:
+        """From now on the VM runs there; nobody may serve it a second time."""
         try:
-            await trio.to_thread.run_sync(self._guest.parked.mark_running, where)
+            await self.mark_before(mark)
         except HostError as error:
             # It runs there all the same, and needs its pages.
-            log.error("no mark that the VM runs at %s: %s", where, error)
+            log.error("no mark that the VM runs at %s: %s", mark, error)
+
+    async def unmark(self) -> None:
+        """It does not run there after all."""
+        if not self._mark:
+            return
+        self._mark = None
+        try:
+            await trio.to_thread.run_sync(self._guest.parked.unmark_running)
+        except HostError as error:
+            log.error("the VM is marked as running and is not: %s", error)
 
     async def completed(self) -> None:
         """All is there: remember what was asked for, for the next time."""
+        if self._mark:
+            await self.mark_running(replace(self._mark, pending=False))
         pages = tuple(dict.fromkeys((*self._first, *self._pump.asked)))[:MAX_PAGES]
         if not self._guest.learns or pages == self._first:
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from common.guest.base import Guest
     from common.guest.keeping import Keeping
+    from common.guest.stored import Mark
     from common.qmp.message import Json
 
 OUTGOING: Final = "outgoing"
@@ -43,7 +44,7 @@ class Record:
     was_running: bool = False
     postcopy: bool = False
     is_dstd: bool = False
-    preempt: bool = False
+    preempt: bool | None = None  # None: not known
     preempt_early: bool = False
     address: Mapping[str, Json] | None = None
     settings: Mapping[str, Json] = field(default_factory=dict)
@@ -65,7 +66,7 @@ def record_of_untrusted(content: Mapping[str, Json]) -> Record:
             was_running=bool(given["was_running"]),
             postcopy=bool(given["postcopy"]),
             is_dstd=bool(given["is_dstd"]),
-            preempt=bool(given["preempt"]),
+            preempt=given["preempt"],
             preempt_early=bool(given["preempt_early"]),
             address=given["address"],
             settings=dict(given["settings"]),
@@ -74,6 +75,12 @@ def record_of_untrusted(content: Mapping[str, Json]) -> Record:
         raise HostError(
             f"what the guest's process keeps is no record: {error}"
         ) from None
+
+
+def gone_to(mark: Mark, record: Record | None) -> Record:
+    """What the mark of a parked VM says is so, whatever else was kept."""
+    known = record or Record()
+    return replace(known, phase=Phase.GONE, postcopy=True, is_dstd=mark.dstd)
 
 
 def new_journal(guest: Guest, keeping: Keeping) -> Journal[Record]:

@@ -74,6 +74,8 @@ def recover(order: RecoverOrder, say: Callable[[str], None] = print) -> Exit:
         verdict = found
     except Unreachable as error:
         verdict = Verdict(Exit.FAILED, str(error))
+    except KeyboardInterrupt:
+        verdict = Verdict(Exit.PAUSED, "interrupted; it can be run again")
     say(str(verdict))
     return verdict.code
 
@@ -211,15 +213,23 @@ class _Recovery:
         wanted = self._order.target or dst.listening
         if wanted is None:
             raise Verdict(Exit.PAUSED, NOWHERE)
-        why = self._order_of(
-            self._destination,
-            f"migrate-recover {uri(wanted)}",
-            lambda: self._destination.recover(uri(wanted)),
-        )
+        why = self._order_to_listen(wanted)
+        if why and self._destination.look().listening is None:
+            # A QEMU may stand in its own way at the same address: it closes its
+            # listener a moment late, and has none then.
+            time.sleep(LOOK_SECONDS)
+            why = self._order_to_listen(wanted)
         if why and self._order.target:
             self._try_again_if_changed(why)
             return False
         return True  # or else it still listens where it did
+
+    def _order_to_listen(self, wanted: Address) -> str:
+        return self._order_of(
+            self._destination,
+            f"migrate-recover {uri(wanted)}",
+            lambda: self._destination.recover(uri(wanted)),
+        )
 
     def _try_again_if_changed(self, why: str) -> None:
         """An order is refused to an end that has gone on by itself meanwhile."""

@@ -7,6 +7,7 @@ later process can take up again.
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 from contextlib import suppress
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
     from common.stream.section import BlockEntry
 
+log = logging.getLogger(__name__)
+
 # Each block's file, its bitmaps, and room for a few more.
 _DESCRIPTORS_PER_BLOCK: Final = 12
 _DESCRIPTORS_BESIDES: Final = 256
@@ -35,6 +38,9 @@ class ParkingGuest:
 
     An incomplete one keeps what it has, and `blocks` are its blocks then. HostError
     if the directory cannot be used.
+
+    `irreplaceable`: nobody else has the VM any more, complete or not. What is
+    not is thrown away by `quit`.
     """
 
     device: Device | None = None
@@ -51,6 +57,7 @@ class ParkingGuest:
         self.directory = directory
         self.machine = ""
         self.state = GuestState.INCOMING
+        self.irreplaceable = again
         self.blocks: Sequence[RamBlock] = self._opened()
         self.kept: Mapping[str, int] = {
             name: self._parking.open_kept(name) for name in self._parking.kept
@@ -77,20 +84,24 @@ class ParkingGuest:
         found = os.statvfs(self.directory)
         return found.f_bavail * found.f_frsize if found.f_blocks else None
 
-    def adopt(
+    async def adopt(
         self, configuration: bytes, blocks: Sequence[BlockEntry], *, advised: bool
     ) -> None:
         """Make these blocks, of zeroes; HostError if the file system refuses."""
-        self._parking.set_configuration(configuration, advised=advised)
-        _allow_descriptors(len(blocks))
-        for block in blocks:
-            page_size = block.page_size or TARGET_PAGE_SIZE
-            self._parking.add_block(block.idstr, block.length, page_size)
+
+        def make() -> None:
+            self._parking.set_configuration(configuration, advised=advised)
+            _allow_descriptors(len(blocks))
+            for block in blocks:
+                page_size = block.page_size or TARGET_PAGE_SIZE
+                self._parking.add_block(block.idstr, block.length, page_size)
+
+        await trio.to_thread.run_sync(make)
         self.blocks = self._opened()
 
-    def set_early(self, sections: bytes) -> None:
+    async def set_early(self, sections: bytes) -> None:
         """Device state in front of RAM's pages, verbatim."""
-        self._parking.set_early(sections)
+        await trio.to_thread.run_sync(self._parking.set_early, sections)
 
     async def commit(
         self, sections: bytes, description: bytes | None, run_state: str, origin: str
@@ -105,6 +116,10 @@ class ParkingGuest:
     def upstream(self) -> AbstractContextManager[int]:
         """It is ours now, and may be served: a socket at which that asks for pages."""
         return self._parking.upstream()
+
+    def let_go(self) -> None:
+        """It is parked, and any process may serve it."""
+        self.close()
 
     # -- what a process after this one needs
 
@@ -126,6 +141,7 @@ class ParkingGuest:
         self.close()
         self._parking = Parking.create(self.directory)
         self.state = GuestState.INCOMING
+        self.irreplaceable = False
 
     def _close_kept(self, name: str) -> None:
         left = dict(self.kept)
@@ -156,6 +172,11 @@ class ParkingGuest:
         raise GuestError("a guest that is being parked loads nothing", request="load")
 
     async def quit(self) -> None:
+        """The end of this process; HostError if the files cannot be removed."""
+        if not self.irreplaceable:
+            await trio.to_thread.run_sync(self._parking.discard)
+        elif self.state is GuestState.INCOMING:
+            log.warning("%s is incomplete, and nobody else may have it", self.directory)
         self.close()
 
     def close(self) -> None:

@@ -7,8 +7,9 @@ never runs here: it becomes a running VM in a QEMU that it is migrated to.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, NoReturn
+from typing import TYPE_CHECKING, Final, NoReturn, Self
 
 import trio
 
@@ -25,6 +26,32 @@ log = logging.getLogger(__name__)
 
 # What QEMU takes for the description of a stream that had none.
 NO_DESCRIPTION: Final = b"{}"
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """Where a parked VM has gone: to a QEMU, or to a dstd, at `address`.
+
+    `pending`: some of its memory is still here only.
+    """
+
+    address: str
+    dstd: bool
+    pending: bool
+
+    def __str__(self) -> str:
+        there = f"{'dstd' if self.dstd else 'QEMU'} {self.address}"
+        return there + (_PENDING if self.pending else "")
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The mark in what `Parked.running` says."""
+        place = text.partition(" at ")[2]
+        kind, _, address = place.removesuffix(_PENDING).partition(" ")
+        return cls(address, kind == "dstd", place.endswith(_PENDING))
+
+
+_PENDING: Final = ", which still needs memory from here"
 
 
 def _open(directory: str, *, lazy: bool) -> Parked:
@@ -49,7 +76,8 @@ class StoredGuest:
     """The parked VM in `directory`; HostError if that is in use, or not complete
     nor on its way by postcopy.
 
-    Not as a `clone` it runs once: it is refused when it runs elsewhere already.
+    Not as a `clone` it runs once: it is refused when it runs elsewhere already,
+    unless it still needs memory from here.
     `lazy`: it is to run before its RAM is there. `learns`: what it asks for first
     is remembered for the next time. `beside`: where a clone's files that
     are to outlive the daemon begin; many may be served from one directory.
@@ -76,11 +104,12 @@ class StoredGuest:
         self.parked = _open(directory, lazy=lazy)
         try:
             self.parked.lock(clone=clone)
+            self.mark = None if clone else self._where()
+            if self.mark and not self.mark.pending:
+                self.check_elsewhere()
         except HostError:
             self.parked.close()
             raise
-        self.comes_back = False
-        """Whether it is the daemon before this one that made it run elsewhere."""
         # Of one that runs once, the directory alone is enough to go on with it.
         self._kept = KeptFiles(beside if clone else f"{directory}/serving")
         self.machine = self.parked.manifest.machine
@@ -92,13 +121,21 @@ class StoredGuest:
         log.info("a parked VM that was %s, machine %s", was, self.machine)
         if isinstance(self.parked, Arriving):
             log.info("it has not wholly arrived, and is passed on as it comes")
-        if lazy and was != "running":
+        if self.mark:
+            log.warning(
+                "the VM runs elsewhere, %s: it can be recovered from here, by"
+                " migrate-recover there and migrate with resume here",
+                self.parked.running,
+            )
+        elif lazy and was != "running":
             log.warning("the VM was %s: start QEMU with -S to keep it so", was)
 
+    def _where(self) -> Mark | None:
+        text = self.parked.running
+        return Mark.parse(text) if text else None
+
     def check_elsewhere(self) -> None:
-        """HostError if the VM runs elsewhere and is not to run twice."""
-        if self.clone or self.comes_back:
-            return
+        """HostError if the VM runs elsewhere."""
         if where := self.parked.running:
             raise HostError(
                 f"{self.parked.path}: this VM runs elsewhere, {where}; serve a copy of"

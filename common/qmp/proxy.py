@@ -9,10 +9,8 @@ import os
 import select
 import socket
 import sys
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from contextlib import suppress
+from typing import Final
 
 AT_ONCE: Final = 1 << 16
 STDIN: Final = 0
@@ -20,33 +18,39 @@ STDOUT: Final = 1
 
 
 def join(path: str) -> int:
-    """Until the server closes, or whoever we speak for; the exit status."""
+    """Until the server closes, which it does after our input; the exit status."""
     with socket.socket(socket.AF_UNIX) as server:
         try:
             server.connect(path)
         except OSError as error:
             print(f"cannot connect to {path}: {error.strerror}", file=sys.stderr)
             return 1
-        _carry({STDIN: server.fileno(), server.fileno(): STDOUT})
+        # Either end may go away in the middle of a word.
+        with suppress(BrokenPipeError, ConnectionResetError):
+            _carry(server)
     return 0
 
 
-def _carry(ways: Mapping[int, int]) -> None:
-    """From each key to its value; an end of either is the end of both."""
+def _carry(server: socket.socket) -> None:
     poll = select.poll()
-    for giver in ways:
-        poll.register(giver, select.POLLIN)
+    poll.register(STDIN, select.POLLIN)
+    poll.register(server, select.POLLIN)
     while True:
-        for giver, _ in poll.poll():
-            try:
-                data = os.read(giver, AT_ONCE)
-                if not data:
-                    return
-                _write(ways[giver], data)
-            except (BrokenPipeError, ConnectionResetError):
+        for ready, _ in poll.poll():
+            data = os.read(ready, AT_ONCE)
+            if ready == STDIN:
+                server.sendall(data)
+            else:
+                _write(data)
+            if data:
+                continue
+            if ready != STDIN:
                 return
+            # What was asked last is still answered.
+            poll.unregister(STDIN)
+            server.shutdown(socket.SHUT_WR)
 
 
-def _write(taker: int, data: bytes) -> None:
+def _write(data: bytes) -> None:
     while data:
-        data = data[os.write(taker, data) :]
+        data = data[os.write(STDOUT, data) :]

@@ -42,15 +42,16 @@ def named(path: Path, doing: str) -> Iterator[None]:
         refuse(path, doing, error)
 
 
-def write(path: Path, content: bytes) -> None:
-    """A file with this content on the disk; not yet its name in the directory."""
+def write(path: Path, content: bytes, *, durable: bool = False) -> None:
+    """A file with this content; `durable`: on the disk, but perhaps not its name."""
     with named(path, "write"):
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, _MODE)
         try:
             left = memoryview(content)
             while left:
                 left = left[os.write(fd, left) :]
-            os.fsync(fd)
+            if durable:
+                os.fsync(fd)
         finally:
             os.close(fd)
 
@@ -59,7 +60,7 @@ def replace(path: Path, content: bytes) -> None:
     """Durably and at once: who reads finds what was before, or all of this."""
     temporary = path.with_name(path.name + ".new")
     try:
-        write(temporary, content)
+        write(temporary, content, durable=True)
         with named(path, "write"):
             os.rename(temporary, path)
     except HostError:

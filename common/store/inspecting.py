@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import textwrap
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from common.store.manifest import IMAGE, REGION
@@ -69,7 +71,7 @@ def describe(known: dict[str, Any]) -> Iterator[str]:
     width = max((len(block["name"]) for block in known["blocks"]), default=0)
     for block in known["blocks"]:
         yield f"  {block['name']:{width}}  {_block(block)}"
-    yield f"devices      {_devices(known)}"
+    yield from _devices(known)
     yield (
         f"checksums    of {known['checksums']} regions; srcd verify compares them with"
         " the RAM"
@@ -94,12 +96,24 @@ def _block(block: dict[str, Any]) -> str:
     return f"{_size(block['size'])}, {_size(block['data'])} data{pages}{place}"
 
 
-def _devices(known: dict[str, Any]) -> str:
+def _devices(known: dict[str, Any]) -> Iterator[str]:
     size = _size(known["device-state"])
-    names = known["devices"]
-    if not names:
-        return f"{size} of state; which they are is not known"
-    return f"{size} of state of {len(names)}: {', '.join(names)}"
+    if not known["devices"]:
+        yield f"devices      {size} of state; which they are is not known"
+        return
+    yield f"devices      {size} of state of {len(known['devices'])}:"
+    names = [
+        f"{name} x{count}" if count > 1 else name
+        for name, count in Counter(known["devices"]).items()
+    ]
+    indent = " " * 13
+    yield from textwrap.wrap(
+        ", ".join(names),
+        width=80,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+    )
 
 
 def _working_set(pages: int) -> str:

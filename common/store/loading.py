@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Protocol
 
 from common.channel import Channel
@@ -41,28 +42,32 @@ class PlainRam:
         self, file: FileReader, section_id: int, blocks: Sequence[tuple[Block, int]]
     ) -> None:
         self._file = file
-        # Opened anew: a position of its own.
-        fd = os.open(f"/proc/self/fd/{file.fd}", os.O_RDONLY | os.O_CLOEXEC)
-        self._channel = Channel(fd, "file")
-        self._ram = Ram([_ram_block(block, ram_fd) for block, ram_fd in blocks])
         self._destination = ffi.new("struct destination *")
         self._loader = ffi.new("struct loader *")
-        self._open()
-        self._loader.section_id = section_id
+        with ExitStack() as stack:
+            # Opened anew: a position of its own.
+            fd = os.open(f"/proc/self/fd/{file.fd}", os.O_RDONLY | os.O_CLOEXEC)
+            self._channel = Channel(fd, "file")
+            stack.callback(self._channel.close)
+            table = Ram([_ram_block(block, ram_fd) for block, ram_fd in blocks])
+            stack.callback(table.close)
+            self._open(table, stack)
+            self._loader.section_id = section_id
+            self._stack = stack.pop_all()
 
-    def _open(self) -> None:
-        native = self._ram.native
-        check(lib.ram_prepare_destination(native, -1))
+    def _open(self, table: Ram, stack: ExitStack) -> None:
+        check(lib.ram_prepare_destination(table.native, -1))
         way = int(lib.PLACE_FILE)
-        check(lib.destination_open(self._destination, native, way, -1, ffi.NULL, 0))
+        check(
+            lib.destination_open(self._destination, table.native, way, -1, ffi.NULL, 0)
+        )
+        stack.callback(lib.destination_close, self._destination)
         channel = self._channel.native
         check(lib.loader_open(self._loader, self._destination, channel, False))
+        stack.callback(lib.loader_close, self._loader)
 
     def close(self) -> None:
-        lib.loader_close(self._loader)
-        lib.destination_close(self._destination)
-        self._ram.close()
-        self._channel.close()
+        self._stack.close()
 
     @property
     def begun(self) -> bool:

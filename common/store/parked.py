@@ -174,6 +174,13 @@ class Parked:
         text = f"since {manifest.now()} at {where}"[:1000]
         files.replace(self.path / RUNNING, text.encode(errors="replace") + b"\n")
 
+    def unmark_running(self) -> None:
+        """It does not run there after all; durable when this returns."""
+        path = self.path / RUNNING
+        with files.named(path, "remove"):
+            path.unlink(missing_ok=True)
+        files.sync_directory(self.path)
+
     # -- what an earlier destination asked for
 
     @property

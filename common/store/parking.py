@@ -60,8 +60,6 @@ class Parking:
             directory.lock(fcntl.LOCK_EX, "is in use by another process")
             _check_empty(path)
             receiving.begin(path)
-            files.sync_directory(path)
-            files.sync_directory(path.absolute().parent)
         except BaseException:
             directory.close()
             raise
@@ -100,13 +98,17 @@ class Parking:
         self.close()
 
     def close(self) -> None:
+        self._close_blocks()
+        self._directory.close()
+
+    def _close_blocks(self) -> None:
         for fd in self.fds:
             os.close(fd)
         self.fds = []
-        self._directory.close()
 
     def discard(self) -> None:
         """Leave the place as it was before `create`; what came is lost."""
+        self._close_blocks()  # without them there are descriptors left for this
         with files.named(self.path, "remove"):
             for name in os.listdir(self.path):
                 os.unlink(self.path / name)
@@ -231,8 +233,6 @@ class Parking:
             },
         )
         await trio.to_thread.run_sync(self._finish, whole, state)
-        # Nobody fills it any more: it may be served.
-        self._directory.lock(fcntl.LOCK_SH, "is in use by another process")
 
     def _extents(self) -> Iterator[Extent]:
         for block, fd in zip(self.blocks, self.fds, strict=True):
@@ -240,10 +240,11 @@ class Parking:
 
     def _finish(self, whole: Manifest, state: Mapping[str, bytes]) -> None:
         for name, content in state.items():
-            files.write(self.path / name, content)
+            files.write(self.path / name, content, durable=True)
         for file in sorted({block.file for block in self.blocks}):
             files.sync(self.path / file)
         files.sync_directory(self.path)
+        files.sync_directory(self.path.absolute().parent)
         path = self.path / manifest.NAME
         try:
             files.replace(path, manifest.encode(whole))

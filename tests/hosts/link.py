@@ -83,10 +83,6 @@ class Link:
         """Both hosts' connections are reset; the network is good."""
         self._inside("source", "ss", "-K", "dst", ADDRESSES["destination"])
 
-    def dropped(self) -> int:
-        """Packets of the hosts that were lost in the switch so far."""
-        return int(self._run("cat", "/sys/class/net/wire/statistics/tx_dropped"))
-
     # --- mending ------------------------------------------------------------
 
     def mend(self) -> None:

@@ -24,7 +24,7 @@ from support.daemons import (
     assert_unharmed,
     prepare,
 )
-from support.report import REPORT_ADDRESS, REPORT_SIZE, Report
+from support.report import REPORT_ADDRESS, REPORT_SIZE, Report, ReportError
 
 from common.qmp.client import QmpClient
 
@@ -64,6 +64,15 @@ class Unit(Daemon):
         self.qmp = QmpClient(self.host.path(self._place), timeout=PATIENCE)
 
     def report(self) -> Report:
+        """Once there is one; a guest needs a moment before its first."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return self._read_report()
+            except ReportError:
+                assert time.monotonic() < deadline, "the guest has not begun"
+
+    def _read_report(self) -> Report:
         place = {"val": REPORT_ADDRESS, "size": REPORT_SIZE, "filename": self._report}
         self.qmp.execute("pmemsave", place)
         return Report.parse(self.host.path(self._report).read_bytes())

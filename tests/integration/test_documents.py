@@ -85,8 +85,8 @@ def command_lines(document: Path) -> list[str]:
 # --- command lines ------------------------------------------------------------
 
 
-def words_of(program: str) -> list[list[str]]:
-    lines = [shlex.split(line) for line in command_lines(README) if "'" not in line]
+def words_of(program: str, document: Path = README) -> list[list[str]]:
+    lines = [shlex.split(line) for line in command_lines(document) if "'" not in line]
     return [words[1:] for words in lines if words[:1] == [program] and words[1:]]
 
 
@@ -283,13 +283,17 @@ def connected(path: str) -> Qmp:
 
 
 TERMINALS = ("srcd", "dstd", "qemu-system-x86_64", "python3")
+ANSWERS = ("inspect", "verify")  # verbs of the daemons that end by themselves
 
 
 class Session:
-    """Plays blocks of the README in `directory`, which stands for its paths."""
+    """Plays blocks of a document in `directory`, which stands for its paths."""
 
-    def __init__(self, directory: Path, *, size: str = "1G") -> None:
+    def __init__(
+        self, directory: Path, *, size: str = "1G", document: Path = README
+    ) -> None:
         self.directory = directory
+        self._document = document
         self.size = size
         self.qmp: dict[str, Qmp] = {}
         self.client: Qmp
@@ -310,7 +314,7 @@ class Session:
                 stack.callback(client.close)
 
     def play(self, heading: str) -> None:
-        for block in blocks(README):
+        for block in blocks(self._document):
             if block.heading != heading:
                 continue
             if block.language == "sh":
@@ -320,7 +324,7 @@ class Session:
                 self._json(block)
 
     def _here(self, text: str) -> str:
-        text = re.sub(r"/run/x|/tmp|/dev/shm", str(self.directory), text)
+        text = re.sub(r"/run/x|/srv|/tmp|/dev/shm", str(self.directory), text)
         text = re.sub(r"127\.0\.0\.1:(\d+)", self._free_port, text)
         text = re.sub(r"\b1G\b", self.size, text)
         text = text.replace("qemu-system-x86_64", str(qemu.executable()))
@@ -333,9 +337,9 @@ class Session:
         return f"127.0.0.1:{self._ports[shown[1]]}"
 
     def _shell(self, line: str) -> None:
-        program = line.split()[0]
+        program, first = line.split()[:2]
         here = self._here(line)
-        if program in TERMINALS:
+        if program in TERMINALS and first not in ANSWERS:
             self._terminals.append(self._start(f"exec {here}"))
             self._starting += re.findall(r"-qmp (?:unix:)?([^ ,]+)", here)
         elif program == "socat":

@@ -19,6 +19,7 @@ import pytest
 from support import counting_guest
 from support.daemons import Destination, Source
 from support.machine import MAIN, Machine
+from support.mute import MuteDestination
 from support.ram import MIB, PAGE
 
 from common.qmp.client import CommandFailed
@@ -96,7 +97,8 @@ class Place:
     def server(self, *options: str, name: str = "srcd") -> Iterator[Source]:
         words = ("--parked", str(self.parked), *options)
         with Source(self.folder, *words, name=name) as srcd:
-            srcd.set_capabilities()
+            if srcd.query().get("status") != PAUSED:
+                srcd.set_capabilities()
             srcd.set_parameters(max_bandwidth=FAST)
             yield srcd
 
@@ -339,6 +341,61 @@ def test_recovery(
         assert_unharmed(place, qemu)
 
 
+@pytest.mark.parametrize(("version", "mode"), EVERYWHERE)
+def test_server_is_killed(
+    originals: dict[str, Path], private_dir: Path, version: str, mode: str
+) -> None:
+    """What is in the directory, and what QEMU says that it has, is enough."""
+    place = copied(originals, version, private_dir)
+    with place.machine() as qemu:
+        with place.server() as srcd:
+            start_slowly(srcd, qemu, mode)
+            wait_for_requests(srcd, COUNTED // 2)
+            srcd.process.kill()
+            srcd.process.wait()
+        qemu.wait_status(PAUSED)
+        with place.server(name="next") as srcd:
+            assert srcd.query()["status"] == PAUSED
+            srcd.set_parameters(max_postcopy_bandwidth=0)
+            with pytest.raises(CommandFailed):
+                srcd.migrate("tcp:127.0.0.1:1")
+            uri = f"unix:{private_dir}/again"
+            qemu.recover(uri)
+            srcd.execute("migrate", uri=uri, resume=True)
+            qemu.wait_status("postcopy-active")
+            complete(srcd, qemu)
+            assert_unharmed(place, qemu)
+            on_preempt = srcd.ours["urgent-pages"] if mode == "preempt" else 0
+            assert srcd.ours["urgent-pages-on-preempt"] == on_preempt
+    with pytest.raises(RuntimeError, match=r"runs elsewhere.*--clone"), place.server():
+        pass
+
+
+def test_server_is_killed_before_dstd_has_all(place: Place) -> None:
+    """The next one knows that dstd has to get every page, zero or not."""
+    other = Place(place.folder, place.folder / "other")
+    with Destination(place.folder, "--park", str(other.parked)) as dstd:
+        dstd.set_capabilities()
+        with place.server() as srcd:
+            srcd.set_parameters(max_postcopy_bandwidth=CRAWL)
+            srcd.migrate(dstd.listen())
+            srcd.wait_status("postcopy-active")
+            srcd.process.kill()
+            srcd.process.wait()
+        dstd.wait_status(PAUSED)
+        with place.server(name="next") as srcd:
+            uri = f"unix:{place.folder}/again"
+            dstd.execute("migrate-recover", uri=uri)
+            srcd.set_parameters(max_postcopy_bandwidth=0)
+            srcd.execute("migrate", uri=uri, resume=True)
+            assert srcd.wait_status("completed", "failed") == "completed", srcd.said
+            assert dstd.wait_status("completed", "failed") == "completed"
+            assert srcd.ours["left-out-pages"] == 0
+    assert (other.parked / "checksums").read_bytes() == (
+        place.parked / "checksums"
+    ).read_bytes()
+
+
 # --- once -------------------------------------------------------------------------
 
 
@@ -355,6 +412,41 @@ def test_it_runs_once(place: Place) -> None:
             srcd.migrate("tcp:127.0.0.1:1")
     with pytest.raises(RuntimeError, match=r"runs elsewhere.*--clone"), place.server():
         pass
+
+
+def test_marked_before_it_may_run(place: Place) -> None:
+    """A srcd that dies before it knows whether the VM runs has not lost that it may."""
+    with MuteDestination() as mute, place.server() as srcd:
+        srcd.migrate(mute.uri)
+        mute.wait_package()
+        assert srcd.query()["status"] == "device"
+        assert place.marked
+        srcd.process.kill()
+        srcd.process.wait()
+    with place.server(name="next") as srcd:
+        assert srcd.query()["status"] == PAUSED
+        with pytest.raises(CommandFailed):
+            srcd.migrate("tcp:127.0.0.1:1")
+
+
+def test_mark_is_removed_when_it_does_not_run(place: Place) -> None:
+    with MuteDestination() as mute, place.server() as srcd:
+        srcd.migrate(mute.uri)
+        mute.wait_package()
+        assert place.marked
+        mute.close_main()
+        assert srcd.wait_status("failed", PAUSED) == "failed"
+        assert not place.marked
+
+
+def test_not_served_where_no_mark_can_be_made(place: Place) -> None:
+    (place.parked / "running.new").mkdir()
+    with place.server() as srcd, place.machine() as qemu:
+        qemu.set_capabilities("postcopy-ram")
+        srcd.migrate(qemu.listen())
+        assert srcd.wait_status("failed", PAUSED, "completed") == "failed"
+        assert "running.new" in srcd.query()["error-desc"]
+    assert not place.marked
 
 
 def test_clones_at_once_and_again(place: Place) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from typing import TYPE_CHECKING
 
@@ -275,6 +276,21 @@ def test_usage(words: tuple[str, ...], why: str) -> None:
 
 
 # --- the proxy ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("program", ["srcd", "dstd"])
+def test_a_proxy_answers_to_the_last_line(private_dir: Path, program: str) -> None:
+    lines = '{"execute": "qmp_capabilities"}\n{"execute": "query-status"}\n'
+    with Source(private_dir, *LITTLE) as src:
+        proxy = f"{program} proxy --qmp {src.qmp_path}"
+        done = run("sh", "-c", f"printf '%s' '{lines}' | {proxy}")
+    assert done.returncode == 0
+    greeting, *replies = map(json.loads, done.stdout.splitlines())
+    assert "QMP" in greeting
+    assert replies == [
+        {"return": {}},
+        {"return": {"status": "running", "running": True}},
+    ]
 
 
 def test_a_proxy_that_leads_nowhere(private_dir: Path) -> None:

@@ -14,6 +14,7 @@ from common.errors import HostError
 from common.guest.base import GuestState
 from common.status import MigrationStatus as M
 from dstd import incoming
+from dstd.report import migration_info
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -146,7 +147,8 @@ async def test_the_last_word_was_lost(capabilities: tuple[str, ...]) -> None:
         async with postcopy(both) as (source, destination):
             await source.wait(M.POSTCOPY_PAUSED)
             await destination.wait(M.COMPLETED)
-            both.outgoing.resume(address.Tcp("127.0.0.1", port_of(both)))
+            (place,) = migration_info(both.incoming)["socket-address"]
+            both.outgoing.resume(address.Tcp("127.0.0.1", place["port"]))
             await source.wait(M.COMPLETED)
             assert destination.seen[-1] is M.COMPLETED
         both.assert_equal()

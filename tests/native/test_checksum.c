@@ -9,9 +9,8 @@
 #include <unistd.h>
 
 #define REGIONS 8
-#define LENGTH                                                    \
-    (REGIONS * CHECKSUM_REGION + 3 * PAGE) /* the last is cut off \
-                                            */
+/* The last region is cut off. */
+#define LENGTH (REGIONS * CHECKSUM_REGION + 3 * PAGE)
 
 /* A block in a memfd, `start` bytes into it, of holes at first. */
 struct sample {

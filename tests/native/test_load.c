@@ -370,6 +370,36 @@ static void test_discards(void)
     fixture_close(&f);
 }
 
+/* Nobody runs on it: a hole that was never sent is not waited for. */
+static void test_what_is_owed_to_a_file(void)
+{
+    struct fixture f;
+    struct script s = { 0 };
+
+    fixture_open(&f, small_specs, 2, PLACE_FILE);
+    f.loader.advised = 1;
+    CHECK_EQ(f.loader.begun, 0);
+    put_section(&s, SECTION_PART, SECTION);
+    for (uint64_t p = 0; p < 10; p++) {
+        put_page(&s, "ram", p * PAGE, p);
+    }
+    put_end_of_section(&s, SECTION);
+    put_discard(&s, "ram", 2 * PAGE, 3 * PAGE);
+    put_discard(&s, "ram", 20 * PAGE, PAGE);
+    CHECK_EQ(play_main(&f, &s).kind, RESULT_CLOSED);
+    CHECK_EQ(f.loader.begun, 1);
+    CHECK_EQ(f.loader.ended, 0);
+    CHECK(pattern_is(at(&f, 0, 1), 1));
+    CHECK(is_all_zero(at(&f, 0, 3)));
+    CHECK(!bitmap_test(&block(&f, 0)->populated, 3));
+    f.d.unsent_is_hole = 1;
+    CHECK(RESULT_IS_OK(destination_listen(&f.d)));
+    CHECK_EQ(destination_missing(&f.d), 4);
+    CHECK(bitmap_test(&block(&f, 1)->received, 0));
+    CHECK(!bitmap_test(&block(&f, 0)->received, 20));
+    fixture_close(&f);
+}
+
 static bool discard_refused(const char *idstr, uint64_t start, uint64_t length,
                             bool advised)
 {
@@ -639,6 +669,7 @@ int main(void)
     RUN(test_stop);
     RUN(test_preempt_ends);
     RUN(test_discards);
+    RUN(test_what_is_owed_to_a_file);
     RUN(test_refused_discards);
     RUN(test_duplicates);
     RUN(test_host_pages);

@@ -185,7 +185,7 @@ static void discard(int way)
     CHECK(!bitmap_test(&block(&f, 0)->received, 4));
     CHECK(bitmap_test(&block(&f, 0)->received, 5));
     CHECK_EQ(guest_allocated(&f.guest, 0),
-             (PAGES - (way == PLACE_COPY ? 3u : 0u)) * PAGE);
+             (PAGES - (way == PLACE_CONTINUE ? 0u : 3u)) * PAGE);
     CHECK(RESULT_IS_OK(destination_listen(&f.d)));
     CHECK_EQ(destination_missing(&f.d), 3 + 3);
     CHECK(!is_readable(f.d.complete_fd));

@@ -14,6 +14,7 @@ from support.parking import (
     both_complete,
     end,
     recover,
+    wait_for_pages,
 )
 
 from common.errors import HostError
@@ -68,6 +69,7 @@ def test_srcd_while_it_serves(private_dir: Path, version: str, out: str) -> None
         with shop.server_again(*options) as srcd:
             srcd.set_parameters(max_postcopy_bandwidth=CRAWL)
             recover(srcd, guest)
+            wait_for_pages(srcd)
             srcd.process.kill()
             guest.wait_status("postcopy-paused")
         with shop.server_again(*options) as srcd:

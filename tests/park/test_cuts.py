@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import socket
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.linux_guest import LinuxGuest
 from support.parking import (
     CRAWL,
     FAST,
@@ -16,6 +13,9 @@ from support.parking import (
     begin_parking,
     both_complete,
     end,
+    recover,
+    wait_for_pages,
+    wait_status,
 )
 from support.relay import Relay
 
@@ -26,31 +26,6 @@ pytestmark = [pytest.mark.qemu, pytest.mark.linux, pytest.mark.userfaultfd]
 
 CUTS = 10
 PAUSED = "postcopy-paused"
-PATIENCE = 30.0
-
-
-def remaining(source: Any) -> int:
-    found: int = source.query()["ram"]["remaining"]
-    return found
-
-
-def wait_for_pages(source: Any) -> None:
-    """Until some have been sent; there are others to come."""
-    start = remaining(source)
-    deadline = time.monotonic() + PATIENCE
-    while (left := remaining(source)) >= start:
-        assert time.monotonic() < deadline, f"{left} bytes remain"
-    assert left > 0
-
-
-def free_address() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return f"tcp:127.0.0.1:{server.getsockname()[1]}"
-
-
-def wait_status(sides: tuple[Any, Any], status: str) -> None:
-    for side in sides:
-        side.wait_status(status)
 
 
 def cut_and_recover(relay: Relay, source: Any, destination: Any) -> None:
@@ -61,14 +36,7 @@ def cut_and_recover(relay: Relay, source: Any, destination: Any) -> None:
             link.reset() if number % 2 else link.close()
         relay.links.clear()
         wait_status((source, destination), PAUSED)
-        uri = free_address()
-        # QEMU's main thread may itself be waiting for a page.
-        if isinstance(destination, LinuxGuest):
-            destination.recover(uri)
-        else:
-            destination.execute("migrate-recover", uri=uri)
-        source.execute("migrate", uri=relay.to(uri), resume=True)
-        wait_status((source, destination), "postcopy-active")
+        recover(source, destination, relay)
         assert relay.links
 
 

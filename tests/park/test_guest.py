@@ -27,12 +27,16 @@ def test_guest_is_moved_by_qemu(private_dir: Path, version: str, machine: str) -
             machine=machine,
             disk=disk,
             incoming=True,
-            earlier=[source],
+            earlier=source,
         ) as destination:
             source.set_parameters(max_bandwidth=0)
             source.migrate(destination.listen())
             destination.wait_status("completed")
             destination.wait_continued(before)
+
+
+def test_console_of_a_guest_that_had_to_wait_is_good() -> None:
+    Console.parse(b"c 1\nk hrtimer: interrupt took 46099923 ns\nc 2\n").assert_good()
 
 
 def test_console_joins_lines_that_a_move_has_cut() -> None:

@@ -11,12 +11,13 @@ import os
 import random
 import signal
 import socket
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.daemons import POSTCOPY, PREEMPT
-from support.ordeal import PAUSED, Ordeal
+from support.ordeal import PAUSED, RECOVER, SETUP, Ordeal
 from support.recovery import in_postcopy
 from support.relay import Cable, Link, Relay, Trap
 
@@ -31,6 +32,7 @@ pytestmark = [pytest.mark.soak, pytest.mark.kvm, pytest.mark.userfaultfd]
 SEED = int(os.environ.get("SEED") or random.randrange(1 << 32))
 # In each of two migrations, one without preempt and one with it.
 TIMES = 10
+MOMENT = 0.02  # seconds
 # Before a peer that says nothing is given up.
 SHORT = ("--peer-timeout", "1")
 
@@ -136,11 +138,44 @@ def speak(ordeal: Ordeal, said: bytes, *, hang_up: bool) -> None:
         dst.wait_status(PAUSED)
 
 
+def cut_in_handshake(ordeal: Ordeal) -> None:
+    """The new connection does not last either."""
+    close_all(ordeal)
+    ordeal.ends.wait_both(PAUSED)
+    ends, relay = ordeal.ends, ordeal.ends.relay
+    made = len(relay.links)
+    ordeal.recover()
+    main = relay.wait_links(made + 1)[made]
+    wait_a_moment(ordeal)
+    ordeal.random.choice([Link.close, Link.reset])(main)
+    for side, first in ((ends.src, SETUP), (ends.dst, RECOVER)):
+        side.wait_status(first)
+        side.wait_status(PAUSED)
+
+
+def wait_a_moment(ordeal: Ordeal) -> None:
+    """About as long as it takes to recover; the moment is what it is about."""
+    time.sleep(ordeal.random.uniform(0, MOMENT))
+
+
 # --- processes ----------------------------------------------------------------------
 
 
 def end(number: int, *sides: str) -> Strike:
     return lambda ordeal: ordeal.restart(number, *sides)
+
+
+def kill_in_handshake(ordeal: Ordeal) -> None:
+    """Or just before it, or behind it."""
+    close_all(ordeal)
+    ordeal.ends.wait_both(PAUSED)
+    ordeal.recover()
+    wait_a_moment(ordeal)
+    ordeal.restart(signal.SIGKILL, ordeal.random.choice(["src", "dst"]))
+    # What is left of the attempt comes to an end, too.
+    for link in ordeal.ends.relay.links:
+        link.close()
+    ordeal.settle()
 
 
 # --- all of them --------------------------------------------------------------------
@@ -157,6 +192,8 @@ class Failure:
     options: tuple[str, ...] = ()
     needs_preempt: bool = False
     restarts: tuple[str, ...] = ()
+    at_once: bool = True
+    """The first attempt to recover succeeds."""
 
 
 FAILURES = {
@@ -174,9 +211,11 @@ FAILURES = {
     "wrong-address": Failure(wrong_address),
     "silent-peer": Failure(silent_peer, options=SHORT),
     "closing-peer": Failure(closing_peer),
+    "cut-in-handshake": Failure(cut_in_handshake),
     "kill-source": Failure(end(signal.SIGKILL, "src"), restarts=("srcd",)),
     "kill-destination": Failure(end(signal.SIGKILL, "dst"), restarts=("dstd",)),
     "kill-both": Failure(end(signal.SIGKILL, "src", "dst"), restarts=("srcd", "dstd")),
+    "kill-in-handshake": Failure(kill_in_handshake, at_once=False),
     "terminate-source": Failure(end(signal.SIGTERM, "src"), restarts=("srcd",)),
     "terminate-destination": Failure(end(signal.SIGTERM, "dst"), restarts=("dstd",)),
 }
@@ -206,4 +245,39 @@ def test_failures(private_dir: Path, name: str, capabilities: tuple[str, ...]) -
             ordeal.suffer(failure.strike)
         ordeal.complete()
         assert ordeal.pauses == {"srcd": times, "dstd": times}
-        assert ordeal.restarts == dict.fromkeys(failure.restarts, times)
+        if failure.at_once:
+            assert ordeal.attempts == times
+            assert ordeal.restarts == dict.fromkeys(failure.restarts, times)
+
+
+# --- very many ------------------------------------------------------------------------
+
+CUTS = 200
+# Of these, so often in a hundred.
+MIX = {
+    **dict.fromkeys(["reset", "closed", "main-reset", "main-closed"], 10),
+    **dict.fromkeys(["preempt-reset", "preempt-closed"], 10),
+    **dict.fromkeys(["pause-source", "pause-destination"], 10),
+    **dict.fromkeys(["cut-in-handshake", "closing-peer"], 5),
+    **dict.fromkeys(["listener-gone", "wrong-address"], 2),
+    **dict.fromkeys(["kill-source", "kill-destination", "kill-in-handshake"], 2),
+}
+
+
+def test_200_cuts(private_dir: Path) -> None:
+    """Of all kinds, in one migration."""
+    print(f"SEED={SEED}")
+    memory = ("--memory", "1G")
+    with in_postcopy(
+        private_dir,
+        PREEMPT,
+        only_source=(*memory, "--append", "write-rate=4M"),
+        only_destination=memory,
+    ) as ends:
+        ordeal = Ordeal(ends, random.Random(SEED))
+        names = ordeal.random.choices([*MIX], [*MIX.values()], k=CUTS)
+        for name in names:
+            ordeal.suffer(FAILURES[name].strike)
+        ordeal.complete()
+        assert ordeal.pauses == {"srcd": CUTS, "dstd": CUTS}
+        assert ordeal.restarts.total() > 0

@@ -7,6 +7,8 @@ It speaks docs/attach-protocol.md and has neither vCPUs nor device state, so it
 can be the destination of an empty machine of QEMU's. When it is let run it
 reads one byte at each offset of its last block, in this order, and so waits
 for every page that is missing. `wait_touched` returns what it got.
+
+It outlives its daemon: it keeps what it is told to, and attaches again.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ class Order:
     blocks: list[dict[str, Any]]
     fds: list[int]
     touch: list[int]
+    state: str
 
 
 class AttachedGuest:
@@ -55,7 +58,8 @@ class AttachedGuest:
         path: Path,
         machine: str,
         rams: Sequence[SharedRam],
-        touch: Sequence[int],
+        touch: Sequence[int] = (),
+        state: str = "incoming",
     ) -> None:
         blocks = [
             {
@@ -67,7 +71,7 @@ class AttachedGuest:
             for ram in rams
         ]
         fds = [ram.fd for ram in rams]
-        self._order = Order(str(path), machine, blocks, fds, list(touch))
+        self._order = Order(str(path), machine, blocks, fds, list(touch), state)
 
     def __enter__(self) -> Self:
         # By its name as a program: the process needs nothing of ours.
@@ -102,39 +106,64 @@ libc.memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 class Guest:
     def __init__(self, order: Order) -> None:
         self.order = order
+        self.state = order.state
         self.bases = [
             _map(block["length"], fd)
             for block, fd in zip(order.blocks, order.fds, strict=True)
         ]
         self.userfaultfd = _open_userfaultfd()
-        self.kept: list[int] = []
+        self.pagemap = os.open("/proc/self/pagemap", os.O_RDONLY)
+        self.kept: dict[str, int] = {}
 
-    def serve(self, sock: socket.socket) -> None:
-        """Attach, and answer until the daemon goes away."""
+    def serve(self, sock: socket.socket) -> bool:
+        """Attach, and answer until the daemon goes away; False: it said `quit`."""
         self._attach(sock)
-        while message := _receive(sock, self.kept):
-            if message.get("request") == "cont":
+        while message := _receive(sock):
+            content, fds = message
+            if "request" in content:
+                self._do(content["request"], content.get("arguments", {}), fds)
+                _send(sock, {"return": {}, "id": content["id"]})
+                if content["request"] == "quit":
+                    return False
+        return True
+
+    def _do(self, request: str, arguments: dict[str, Any], fds: list[int]) -> None:
+        match request:
+            case "cont":
+                self.state = "running"
                 threading.Thread(target=self._touch, daemon=True).start()
-            if "request" in message:
-                _send(sock, {"return": {}, "id": message["id"]})
+            case "stop":
+                self.state = "paused"
+            case "keep":
+                self._forget(arguments["name"])
+                (self.kept[arguments["name"]],) = fds
+            case "forget":
+                self._forget(arguments["name"])
+
+    def _forget(self, name: str) -> None:
+        if (old := self.kept.pop(name, None)) is not None:
+            os.close(old)
 
     def _attach(self, sock: socket.socket) -> None:
         blocks = [
             block | {"base": base}
             for block, base in zip(self.order.blocks, self.bases, strict=True)
         ]
-        names = [f"block:{block['idstr']}" for block in blocks]
+        named = {"userfaultfd": self.userfaultfd, "pagemap": self.pagemap}
+        for block, fd in zip(blocks, self.order.fds, strict=True):
+            named[f"block:{block['idstr']}"] = fd
+        named |= {f"keep:{name}": fd for name, fd in self.kept.items()}
         hello = {
             "version": 1,
             "machine": self.order.machine,
             "device": None,
-            "state": "incoming",
+            "state": self.state,
             "pid": os.getpid(),
             "vcpus": [],
             "blocks": blocks,
-            "descriptors": ["userfaultfd", *names],
+            "descriptors": [*named],
         }
-        _send(sock, {"attach": hello}, [self.userfaultfd, *self.order.fds])
+        _send(sock, {"attach": hello}, [*named.values()])
 
     def _touch(self) -> None:
         byte = ctypes.create_string_buffer(1)
@@ -172,11 +201,12 @@ def _send(sock: socket.socket, message: object, fds: Sequence[int] = ()) -> None
     socket.send_fds(sock, [json.dumps(message).encode()], list(fds))
 
 
-def _receive(sock: socket.socket, kept: list[int]) -> dict[str, Any] | None:
-    data, fds, _, _ = socket.recv_fds(sock, 65536, 128)
-    kept += fds
-    message: dict[str, Any] | None = json.loads(data) if data else None
-    return message
+def _receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    try:
+        data, fds, _, _ = socket.recv_fds(sock, 65536, 128)
+    except ConnectionResetError:
+        return None
+    return (json.loads(data), list(fds)) if data else None
 
 
 def _connect(path: str) -> socket.socket:
@@ -196,8 +226,11 @@ def _connect(path: str) -> socket.socket:
 
 def main() -> None:
     order = Order(**json.loads(sys.argv[1]))
-    with _connect(order.path) as sock:
-        Guest(order).serve(sock)
+    guest = Guest(order)
+    attached = True
+    while attached:
+        with _connect(order.path) as sock:
+            attached = guest.serve(sock)
 
 
 if __name__ == "__main__":

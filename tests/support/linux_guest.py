@@ -40,6 +40,9 @@ _KERNEL_WORDS = (
     *("cryptomgr.notests", "audit=0", "random.trust_cpu=on", "init_on_alloc=0"),
 )
 
+# What a kernel says when its processor had to wait, for a page or for a busy host.
+_ABOUT_WAITING = re.compile(r"k (hrtimer: interrupt took|clocksource: ).*")
+
 
 @dataclass(frozen=True)
 class Console:
@@ -73,7 +76,11 @@ class Console:
             sectors=numbers(r"d (\d+) ok"),
             echoes=numbers(r"64 bytes from .* seq=(\d+) .*"),
             wrong=tuple(line for line in lines if re.match(r"[hd] \d+ wrong", line)),
-            complaints=tuple(line for line in lines if line.startswith("k ")),
+            complaints=tuple(
+                line
+                for line in lines
+                if line.startswith("k ") and not _ABOUT_WAITING.match(line)
+            ),
             last=tuple(lines[-5:]),
         )
 
@@ -104,8 +111,8 @@ class LinuxGuest(QemuProcess):
     """A QEMU with a Linux guest, or one that waits for such a guest.
 
     `name` is that of its files in `directory`; `disk` the image of its disk,
-    made if it is not there. `earlier` are the consoles of the processes that
-    the guest has run in before, oldest first.
+    made if it is not there. `earlier` is where the guest has run before, so
+    that its console goes on.
     """
 
     def __init__(
@@ -117,13 +124,13 @@ class LinuxGuest(QemuProcess):
         version: str = "10",
         disk: Path | None = None,
         incoming: bool = False,
-        earlier: Sequence[LinuxGuest] = (),
+        earlier: LinuxGuest | None = None,
         arguments: Sequence[str] = (),
     ) -> None:
         super().__init__(version=version, incoming=incoming, arguments=arguments)
         self.machine = machine
         self.serial = directory / f"{name}.serial"
-        self._earlier = [guest.serial for guest in earlier]
+        self.consoles = [*(earlier.consoles if earlier else []), self.serial]
         self._disk = disk
         if disk is not None and not disk.exists():
             disk.write_bytes(bytes(DISK_SIZE))
@@ -146,7 +153,7 @@ class LinuxGuest(QemuProcess):
 
     def console(self) -> Console:
         """All that the guest has said, here and before."""
-        return Console.read(*self._earlier, self.serial)
+        return Console.read(*self.consoles)
 
     def wait_console(
         self, condition: Callable[[Console], bool], patience: float = PATIENCE

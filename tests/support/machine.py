@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from support import counting_guest
 from support.qemu import Qemu
-from support.ram import MIB, Block
+from support.ram import MIB, PAGE, Block
 
 if TYPE_CHECKING:
     import os
@@ -21,7 +21,10 @@ MAIN = "pc.ram"
 
 
 class Machine(Qemu):
-    """`kind` is a machine type; see Qemu for the rest."""
+    """`kind` is a machine type, `maximum` what memory may grow to.
+
+    See Qemu for the rest.
+    """
 
     def __init__(
         self,
@@ -33,7 +36,8 @@ class Machine(Qemu):
         counting: bool = False,
         options: str = "",
         arguments: Sequence[str] = (),
-        page_size: int = 4096,
+        page_size: int = PAGE,
+        maximum: str = "",
     ) -> None:
         super().__init__(
             Block(MAIN, memory, page_size),
@@ -43,11 +47,12 @@ class Machine(Qemu):
         )
         self._kind = f"{kind}{',' if options else ''}{options}"
         self._bios = counting
+        self._slots = f",slots=2,maxmem={maximum}" if maximum else ""
 
     def _machine_arguments(self) -> list[str]:
         (ram,) = self.ram
         path = f"/proc/self/fd/{ram.fd}"
-        words = ["-accel", "tcg", "-m", f"{ram.block.size}B"]
+        words = ["-accel", "tcg", "-m", f"{ram.block.size}B{self._slots}"]
         words += ["-M", f"{self._kind},memory-backend={MAIN}"]
         words += ["-object"]
         words += [
@@ -64,8 +69,5 @@ def differences(ram: bytes, path: str | os.PathLike[str]) -> list[int]:
     with open(path, "rb") as file:
         other = file.read()
     assert len(other) == len(ram)
-    return [
-        page
-        for page in range(len(ram) // 4096)
-        if ram[page * 4096 : (page + 1) * 4096] != other[page * 4096 :][:4096]
-    ]
+    starts = range(0, len(ram), PAGE)
+    return [at // PAGE for at in starts if ram[at : at + PAGE] != other[at : at + PAGE]]

@@ -35,6 +35,8 @@ SETUP = "postcopy-recover-setup"
 RECOVER = "postcopy-recover"
 ENOUGH = 16 << 20  # bytes: what else the guest's process has is smaller
 PATIENCE = 30.0  # seconds
+# To recover, after one failure.
+ATTEMPTS = 5
 # A failure comes after so many pages have come since the one before.
 PAGES = range(1, 40)
 
@@ -55,7 +57,9 @@ class Ordeal:
         self.pauses: Counter[str] = Counter()
         """How often each end has said that it is paused."""
         self.restarts: Counter[str] = Counter()
-        self._memory = memory or guest_memory(_child(ends.dst.process.pid))
+        self.attempts = 0
+        """To recover, without those in vain on purpose."""
+        self._memory = memory or guest_memory(child(ends.dst.process.pid))
         self._last = 0
 
     def suffer(self, strike: Strike) -> None:
@@ -64,8 +68,8 @@ class Ordeal:
         assert self.ends.src.query()["ram"]["remaining"] > 0
         strike(self)
         self.wait_paused()
-        self.recover()
-        self.wait_active()
+        while not self._recovers():
+            assert self.attempts < ATTEMPTS * self.pauses["srcd"], self.ends.src.query()
         self._wait_progress()
 
     def restart(self, number: int, *names: str) -> None:
@@ -95,12 +99,25 @@ class Ordeal:
         same = f"tcp:{address['host']}:{address['port']}"
         self.ends.recover(self.random.choice([same, None]))
 
-    def wait_active(self) -> None:
-        """Not by way of another pause."""
-        for side, first in ((self.ends.src, SETUP), (self.ends.dst, RECOVER)):
-            side.wait_status(first)
-            seen = side.wait_status("postcopy-active", PAUSED, "failed")
-            assert seen == "postcopy-active", (side.statuses, side.query())
+    def _recovers(self) -> bool:
+        """Whether the source goes on; then the destination does, too."""
+        self.attempts += 1
+        self.recover()
+        src, dst = self.ends.src, self.ends.dst
+        src.wait_status(SETUP)
+        if src.wait_status("postcopy-active", PAUSED) == PAUSED:
+            return False
+        dst.wait_status("postcopy-active")
+        return True
+
+    def settle(self) -> None:
+        """Until both are paused, whatever came before that."""
+        deadline = time.monotonic() + PATIENCE
+        for side in (self.ends.src, self.ends.dst):
+            while side.query()["status"] != PAUSED:
+                assert time.monotonic() < deadline, side.query()
+            side.qmp.events()
+            side.statuses[:] = [PAUSED]
 
     def in_vain(self, uri: str, why: str) -> None:
         """The source tries to recover there, and is paused again."""
@@ -160,10 +177,11 @@ def guest_memory(process: Path) -> int:
     raise LookupError(f"{process} has no memory of a guest")
 
 
-def _child(daemon: int) -> Path:
-    (child,) = [
-        child
+def child(daemon: int) -> Path:
+    """The folder of /proc of the only process that a daemon has started."""
+    (pid,) = [
+        pid
         for task in Path(f"/proc/{daemon}/task").iterdir()
-        for child in (task / "children").read_text().split()
+        for pid in (task / "children").read_text().split()
     ]
-    return Path(f"/proc/{child}")
+    return Path(f"/proc/{pid}")

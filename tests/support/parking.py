@@ -13,17 +13,20 @@ Each QEMU and each daemon is a process of its own, and all end with the workshop
 from __future__ import annotations
 
 import socket
+import time
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
+from support import booted
+from support.booted import Kind
 from support.daemons import Destination, Source
-from support.linux_guest import LinuxGuest
-from support.qemu import QemuProcess
+from support.qemu import PATIENCE, QemuProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
+    from support.linux_guest import LinuxGuest
     from support.relay import Relay
 
 # How a guest gets into a directory, and what both sides have to be set to.
@@ -44,7 +47,10 @@ FAST = 0  # no limit
 
 
 class Workshop:
-    """A place for one guest: its directory, its disk, the QEMUs that it ran in."""
+    """A place for one guest: its directory, its disk, the QEMUs that it runs in.
+
+    `last` is the one that it has run in last.
+    """
 
     def __init__(
         self,
@@ -57,13 +63,8 @@ class Workshop:
     ) -> None:
         self.directory = directory
         self.parked = directory / "parked"
-        self.guests: list[LinuxGuest] = []
-        self.settings: dict[str, Any] = {
-            "machine": machine,
-            "version": version,
-            "disk": directory / "disk" if disk else None,
-        }
-        self._arguments = arguments
+        self.kind = Kind(machine, version, disk, tuple(arguments))
+        self.last: LinuxGuest | None = None
         self._stack = ExitStack()
         self._number = 0
 
@@ -80,37 +81,27 @@ class Workshop:
     # -- QEMU -----------------------------------------------------------------
 
     def boot(self) -> LinuxGuest:
-        return self._qemu(earlier=[])
+        """A guest that is up, and has been for a while."""
+        guest = booted.start(self.kind, self.directory, self._name("qemu"))
+        self.last = self._stack.enter_context(guest)
+        booted.run(self.kind, guest)
+        return guest
 
     def waiting(self, *capabilities: str, arguments: Sequence[str] = ()) -> LinuxGuest:
         """A QEMU for the guest to come to."""
-        qemu = self._qemu(earlier=self.guests, incoming=True, more=arguments)
-        qemu.set_capabilities(*capabilities)
-        return qemu
+        self.last = self._waiting(capabilities, earlier=self.last, more=arguments)
+        return self.last
 
     def clone(self, *capabilities: str) -> LinuxGuest:
         """A QEMU for a copy of the guest; its console is its own."""
-        qemu = self._qemu(earlier=[], incoming=True)
-        qemu.set_capabilities(*capabilities)
-        return qemu
+        return self._waiting(capabilities)
 
-    def _qemu(
-        self,
-        *,
-        earlier: list[LinuxGuest],
-        incoming: bool = False,
-        more: Sequence[str] = (),
-    ) -> LinuxGuest:
-        guest = LinuxGuest(
-            self.directory,
-            self._name("qemu"),
-            earlier=list(earlier),
-            incoming=incoming,
-            arguments=[*self._arguments, *more],
-            **self.settings,
+    def _waiting(self, capabilities: tuple[str, ...], **more: Any) -> LinuxGuest:
+        guest = self.kind.qemu(
+            self.directory, self._name("qemu"), incoming=True, **more
         )
         self._stack.enter_context(guest)
-        self.guests.append(guest)
+        guest.set_capabilities(*capabilities)
         return guest
 
     # -- the daemons ----------------------------------------------------------
@@ -196,6 +187,20 @@ def both_complete(source: Any, destination: Any) -> None:
             found = side.wait_status("completed", "failed")
             other = destination if side is source else source
             assert found == "completed", (side.query(), side.said, words_of(other))
+
+
+def _remaining(source: Any) -> int:
+    found: int = source.query()["ram"]["remaining"]
+    return found
+
+
+def wait_for_pages(source: Any) -> None:
+    """Until some have been sent; there are others to come."""
+    start = _remaining(source)
+    deadline = time.monotonic() + PATIENCE
+    while (left := _remaining(source)) >= start:
+        assert time.monotonic() < deadline, f"{left} bytes remain"
+    assert left > 0
 
 
 def wait_status(sides: tuple[Any, Any], status: str) -> None:

@@ -49,40 +49,58 @@ class Monitor:
         self._socket = sock
         self._unread = b""
         self.events: list[dict[str, Any]] = []
+        self._ordered = 0
+        self._answers: dict[str, dict[str, Any]] = {}
 
     def negotiate(self) -> None:
         self._message(time.monotonic() + PATIENCE)
         self.execute("qmp_capabilities", enable=["oob"])
 
-    def execute(
-        self, command: str, /, *, out_of_band: bool = False, **arguments: object
-    ) -> Any:
+    def execute(self, command: str, /, **arguments: object) -> Any:
         """Run a command and give back what it returns.
 
-        Underscores in argument names stand for dashes. Out of band it is run
-        even while QEMU's main thread waits for a page.
+        Underscores in argument names stand for dashes.
         """
+        return self.result(self.begin(command, **arguments))
+
+    def execute_oob(self, command: str, /, **arguments: object) -> Any:
+        """Out of band: also while another command has not been answered."""
+        return self.result(self.begin(command, "exec-oob", **arguments))
+
+    def begin(self, command: str, how: str = "execute", /, **arguments: object) -> str:
+        """Order it; `result` of what is returned waits for the answer."""
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
-        kind = "exec-oob" if out_of_band else "execute"
-        request = {kind: command, "arguments": named}
-        deadline = time.monotonic() + PATIENCE
+        self._ordered += 1
+        mark = f"{command} {self._ordered}"
+        request = {how: command, "arguments": named, "id": mark}
         try:
             self._socket.sendall(json.dumps(request).encode() + b"\n")
         except BrokenPipeError:
             raise QemuError("QEMU ended") from None
-        while True:
+        return mark
+
+    def result(self, mark: str) -> Any:
+        """Of the command that was begun so."""
+        deadline = time.monotonic() + PATIENCE
+        while mark not in self._answers:
             message = self._message(deadline)
-            if "error" in message:
-                raise QemuError(f"{command}: {message['error']['desc']}")
-            if "return" in message:
-                return message["return"]
-            self.events.append(message)
+            if "event" in message:
+                self.events.append(message)
+            else:
+                self._answers[message["id"]] = message
+        answer = self._answers.pop(mark)
+        if "error" in answer:
+            raise QemuError(f"{mark.split()[0]}: {answer['error']['desc']}")
+        return answer["return"]
 
     def next_event(self, deadline: float) -> dict[str, Any]:
         """Take the oldest event; wait for one if there is none."""
-        if self.events:
-            return self.events.pop(0)
-        return self._message(deadline)
+        while not self.events:
+            message = self._message(deadline)
+            if "event" in message:
+                return message
+            self._answers[message["id"]] = message
+        return self.events.pop(0)
 
     def _message(self, deadline: float) -> dict[str, Any]:
         while b"\n" not in self._unread:
@@ -177,11 +195,9 @@ class QemuProcess:
 
     # -- migration ------------------------------------------------------
 
-    def execute(
-        self, command: str, /, *, out_of_band: bool = False, **arguments: object
-    ) -> Any:
+    def execute(self, command: str, /, **arguments: object) -> Any:
         try:
-            return self.monitor.execute(command, out_of_band=out_of_band, **arguments)
+            return self.monitor.execute(command, **arguments)
         except QemuError as error:
             raise self._explained(error) from None
 
@@ -208,11 +224,14 @@ class QemuProcess:
         self.execute("migrate-start-postcopy")
 
     def pause(self) -> None:
-        self.execute("migrate-pause", out_of_band=True)
+        self.monitor.execute_oob("migrate-pause")
 
     def recover(self, uri: str) -> None:
-        """Listen again, as a destination whose postcopy has been cut."""
-        self.execute("migrate-recover", out_of_band=True, uri=uri)
+        """Listen again, as a destination whose postcopy has been cut.
+
+        Its main thread may be waiting for a page that is to come.
+        """
+        self.monitor.execute_oob("migrate-recover", uri=uri)
 
     def counter(self, name: str) -> int:
         """One member of `ram` in the reply to query-migrate; 0 before there is any."""
@@ -271,7 +290,12 @@ class QemuProcess:
             return str(error)  # a destination ends; stderr says why
 
     def _explained(self, error: QemuError, doing: str = "") -> QemuError:
-        parts = [str(error), doing, f"statuses {self.statuses}", self.stderr.strip()]
+        ended = self.process.poll()
+        parts = [
+            str(error),
+            f"exit status {ended}" if ended is not None else "",
+            *(doing, f"statuses {self.statuses}", self.stderr.strip()),
+        ]
         return QemuError("; ".join(part for part in parts if part))
 
 

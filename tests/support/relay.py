@@ -28,22 +28,31 @@ PATIENCE = 30.0
 
 
 class Link:
-    """One connection through the relay."""
+    """One connection through the relay.
+
+    `carried` are bytes: from the source, and from the destination.
+    """
 
     def __init__(self, source: socket.socket, destination: socket.socket) -> None:
         self.ends = (source, destination)
+        self.carried = [0, 0]
         self._broken = False
         self.threads = [
-            threading.Thread(target=self._carry, args=pair, daemon=True)
-            for pair in ((source, destination), (destination, source))
+            threading.Thread(target=self._carry, args=way, daemon=True)
+            for way in ((0, source, destination), (1, destination, source))
         ]
         for thread in self.threads:
             thread.start()
 
-    def _carry(self, giver: socket.socket, taker: socket.socket) -> None:
+    def _carry(self, way: int, giver: socket.socket, taker: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while data := giver.recv(AT_ONCE):
-                taker.sendall(data)
+                self.carried[way] += len(data)
+                try:
+                    taker.sendall(data)
+                except OSError:
+                    # Who sends more gets a reset, as from the taker itself.
+                    giver.shutdown(socket.SHUT_RDWR)
         # The end of one direction is the end of that direction alone.
         if not self._broken:
             with contextlib.suppress(OSError):

@@ -482,19 +482,20 @@ DESCRIPTION = vmdesc.describe(
 
 FRAME = Sample("description", b"\6\0\0\0\2{}", b"{}", decode_description, vmdesc.encode)
 
+ENDING_SECTIONS = section.encode_section(
+    full(3, "globalstate"), section.encode_globalstate(RUNNING)
+) + section.encode_section(full(4, "microvm", 2), b"\0\0\0\5state")
+
 ENDING = Sample(
     "ending (ours)",
-    section.encode_section(full(3, "globalstate"), section.encode_globalstate(RUNNING))
-    + section.encode_section(full(4, "microvm", 2), b"\0\0\0\5state")
-    + b"\0\6"
-    + len(DESCRIPTION).to_bytes(4, "big")
-    + DESCRIPTION,
+    ENDING_SECTIONS + b"\0\6" + len(DESCRIPTION).to_bytes(4, "big") + DESCRIPTION,
     vmdesc.Ending(
         (
             vmdesc.Section(full(3, "globalstate"), section.encode_globalstate(RUNNING)),
             vmdesc.Section(full(4, "microvm", 2), b"\0\0\0\5state"),
         ),
         DESCRIPTION,
+        ENDING_SECTIONS,
     ),
     vmdesc.split_ending_untrusted,
     encode_ending,

@@ -73,7 +73,7 @@ def test_parked(parse: Callable[[list[str]], ServeConfig]) -> None:
         ([], "required: verb"),
         (["dance"], "invalid choice: 'dance'"),
         (["serve", "--memory", "1M"], "required: --qmp"),
-        (QMP, "give one of --memory, --ram and --guest"),
+        (QMP, "give one of --memory, --ram, --guest and --park"),
         ([*QMP, "--memory", "1M", "--guest", "g"], "give one of --memory"),
         ([*QMP, "--ram", "a=b", "--guest", "g"], "give one of --memory"),
         ([*QMP, "--memory", "1M", "--peer-timeout", "-1"], "must be 0 to 3600"),

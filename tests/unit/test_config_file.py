@@ -101,7 +101,7 @@ def test_a_file_that_is_wrong_alone(
     path = written(tmp_path, 'memory = "1G"\nguest = "g"')[-1]
     with pytest.raises(SystemExit, match="2"):
         dstd.cli.parse(["check-config", path])
-    assert "give one of --memory, --ram and --guest" in capsys.readouterr().err
+    assert "give one of --memory, --ram, --guest and --park" in capsys.readouterr().err
 
 
 def test_a_file_is_read_again(tmp_path: Path) -> None:

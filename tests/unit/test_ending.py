@@ -10,9 +10,10 @@ import pytest
 
 from common.channel import Channel
 from common.errors import ChannelLost, StreamError
-from common.stream import section, vmdesc
+from common.stream import constants as c
+from common.stream import fields, section, vmdesc
 from dstd import ending
-from dstd.ending import receive_ending_untrusted
+from dstd.ending import receive_early_untrusted, receive_ending_untrusted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,6 +36,11 @@ def stream() -> bytes:
     ]
     description = vmdesc.encode(vmdesc.describe(DEVICES))
     return b"".join(sections) + section.EOF + description
+
+
+def device_sections() -> bytes:
+    data = stream()
+    return data[: data.rindex(section.EOF + b"\x06")]
 
 
 @contextmanager
@@ -67,6 +73,90 @@ async def test_no_description() -> None:
         theirs.close()
         with pytest.raises(StreamError, match="without the description"):
             await receive_ending_untrusted(channel, b"")
+
+
+GLOBALSTATE = section.encode_section(
+    section.Full(section_id=7, name="globalstate", instance=0, version=1),
+    section.encode_globalstate(section.GlobalState("paused")),
+)
+
+
+async def test_closed_behind_eof() -> None:
+    """As much as a source says that was told to send no description."""
+    sections = device_sections()
+    with connected() as (channel, theirs):
+        theirs.send(sections + section.EOF)
+        theirs.close()
+        found = await receive_ending_untrusted(channel, b"")
+    assert found.area == sections
+    assert found.text is None
+    assert found.sections == ()
+
+
+@pytest.mark.parametrize("cut", range(1, 8))
+async def test_closed_in_front_of_eof(cut: int) -> None:
+    with connected() as (channel, theirs):
+        theirs.send((GLOBALSTATE + section.EOF)[:-cut])
+        theirs.close()
+        with pytest.raises(StreamError, match="without the description"):
+            await receive_ending_untrusted(channel, b"")
+
+
+async def test_silence_behind_eof(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source waits for SHUT: its channel stays open, and of use."""
+    monkeypatch.setattr(ending, "SILENCE_SECONDS", 0.01)
+    with connected() as (channel, theirs):
+        theirs.send(GLOBALSTATE + section.EOF)
+        found = await receive_ending_untrusted(channel, b"")
+        assert found.area == GLOBALSTATE
+        await channel.write(b"SHUT")
+        assert theirs.recv(4) == b"SHUT"
+
+
+async def test_early_sections_are_described_first() -> None:
+    data = stream()
+    end = data.index(b"\x04", 20)
+    early, rest = data[:end], data[end:]
+    with connected() as (channel, theirs):
+        theirs.send(rest)
+        found = await receive_ending_untrusted(channel, b"", early)
+    assert [s.header.name for s in found.sections] == ["first", "second"]
+    assert early + found.area == device_sections()
+
+
+RAM = 3
+EARLY = section.encode_section(
+    section.Full(section_id=9, name="virtio-mem", instance=0, version=1),
+    b"\x7e\0\0\0\x09 looks like a footer \x7e\0\0\0\x09\x02\0\0\0\x04",
+)
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [
+        b"\x02" + fields.be32(RAM),
+        b"\x03" + fields.be32(RAM),
+        b"\x08\0\x0b\0\0",
+        EARLY,
+    ],
+)
+async def test_an_early_section(behind: bytes) -> None:
+    """In any pieces; what follows stays to be read."""
+    for cut in range(2, len(EARLY + behind)):
+        with connected() as (channel, theirs):
+            theirs.send((EARLY + behind)[1:cut])
+            theirs.send((EARLY + behind)[cut:])
+            found = await receive_early_untrusted(channel, EARLY[:1], RAM)
+            assert found == EARLY
+            assert await channel.decode(lambda read: read(5)) == behind[:5]
+
+
+async def test_an_early_section_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ending, "MAX_EARLY", 300)
+    with connected() as (channel, theirs):
+        theirs.send(EARLY[1:] + bytes(400))
+        with pytest.raises(StreamError, match="too large"):
+            await receive_early_untrusted(channel, bytes([c.QEMU_VM_SECTION_FULL]), RAM)
 
 
 async def test_too_long(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,7 +173,7 @@ static uint64_t settle(struct destination *d)
     return missing;
 }
 
-/* See PLACE_FILE: only what was discarded is still to come. */
+/* Only what was discarded is still to come. */
 static void excuse_unsent(struct destination *d)
 {
     for (uint32_t i = 0; d->discards && i < d->ram->count; i++) {
@@ -194,7 +194,7 @@ struct result destination_listen(struct destination *d)
     struct result r = result_ok();
     uint64_t missing;
 
-    if (d->way == PLACE_FILE) {
+    if (d->unsent_is_hole) {
         excuse_unsent(d);
     }
     missing = settle(d);

@@ -4,10 +4,7 @@
  *
  * Three ways to place a page, chosen once:
  *
- *   PLACE_FILE      nobody runs on the RAM: write to its file. Nobody asks
- *                   for a page either, so what was neither sent nor discarded
- *                   is a hole that the source has no page for (unplugged
- *                   memory), and nothing to wait for.
+ *   PLACE_FILE      nobody runs on the RAM: write to its file.
  *   PLACE_CONTINUE  the guest's mapping is registered for missing and minor
  *                   faults: write to the file, set the received bit, then map
  *                   the page into the guest (UFFDIO_CONTINUE). In this order:
@@ -49,10 +46,16 @@ struct destination {
     int32_t way;        /* enum place_way */
     int uffd;           /* negotiated; unused for PLACE_FILE */
     uint32_t listening; /* atomic: postcopy, the guest may run */
-    uint32_t discards;  /* ranges so far */
-    uint64_t missing;   /* atomic: host pages that are not here */
-    int complete_fd;    /* eventfd, readable when nothing is missing */
-    uint8_t *zeroes;    /* one largest host page, never written */
+    /*
+     * A machine of a kind that is not known may have RAM that is never sent,
+     * because nothing is plugged in there. What is neither sent nor discarded
+     * is a hole then, and nothing to wait for. Set before listening.
+     */
+    uint32_t unsent_is_hole;
+    uint32_t discards; /* ranges so far */
+    uint64_t missing;  /* atomic: host pages that are not here */
+    int complete_fd;   /* eventfd, readable when nothing is missing */
+    uint8_t *zeroes;   /* one largest host page, never written */
     size_t zeroes_length;
     struct rpath rpath;
     struct waiting waiting;

@@ -284,23 +284,37 @@ static void add_owed(struct source *s, struct batch *batch, struct ram_block *b,
     }
 }
 
+/* Behind a request that the working set has not foreseen, others follow. */
+#define AHEAD_PAGES 16
+
+/*
+ * The next host page to be sent unasked: of the working set, else from the
+ * cursor on. `*asked_before` tells which.
+ */
+static bool next_unasked(struct source *s, struct ram_block **block,
+                         uint64_t *host, bool *asked_before)
+{
+    *asked_before =
+        s->stored && !s->ahead &&
+        working_set_next(&s->stored->working_set, s->ram, block, host);
+    s->ahead -= s->ahead > 0;
+    return *asked_before || next_owed(s, block, host);
+}
+
 static struct result fill_postcopy(struct source *s, struct batch *batch,
                                    uint64_t most)
 {
     struct result r = result_ok();
     struct ram_block *b;
     uint64_t host;
+    bool asked_before;
 
     batch_begin_part(batch, s->section_id);
-    urgent_take_hint(s);
-    while (batch_bytes(batch) < most) {
-        bool asked_before =
-            s->stored &&
-            working_set_next(&s->stored->working_set, s->ram, &b, &host);
-
-        if (!asked_before && !next_owed(s, &b, &host)) {
-            break;
-        }
+    if (urgent_take_hint(s)) {
+        s->ahead = AHEAD_PAGES;
+    }
+    while (batch_bytes(batch) < most &&
+           next_unasked(s, &b, &host, &asked_before)) {
         if (batch->pages + block_pages_per_host(b) > BATCH_PAGES) {
             break; /* it opens the next batch */
         }

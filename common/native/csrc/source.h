@@ -65,8 +65,9 @@ struct source {
     uint64_t hint;       /* atomic: 1 + where a request was, see urgent.c */
     uint64_t served_ns;  /* atomic: when a request was served last */
 
-    uint32_t cursor_block; /* pump thread only, as the next three */
+    uint32_t cursor_block; /* pump thread only, as the next four */
     uint64_t cursor_page;
+    uint32_t ahead; /* pages to go on from there before the working set */
     struct batch batch;
     struct extent extent;
 

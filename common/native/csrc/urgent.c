@@ -1,8 +1,9 @@
 #include "urgent.h"
 
 /*
- * Without a preempt channel the scan goes on behind the requested page: its
- * neighbours are likely next. The hint is 1 + block << HINT_BITS + host page.
+ * Without a preempt channel, and if all RAM is still to come, the scan goes on
+ * behind the requested page: its neighbours are likely next. The hint is 1 +
+ * block << HINT_BITS + host page.
  */
 #define HINT_BITS 48
 
@@ -11,13 +12,13 @@ static void leave_hint(struct source *s, const struct ram_block *b,
 {
     uint64_t block = (uint64_t)(b - s->ram->blocks);
 
-    if (s->urgent == s->main) {
+    if (s->urgent == s->main || s->stored) {
         __atomic_store_n(&s->hint, 1 + (block << HINT_BITS | host),
                          __ATOMIC_RELAXED);
     }
 }
 
-void urgent_take_hint(struct source *s)
+bool urgent_take_hint(struct source *s)
 {
     uint64_t hint = __atomic_exchange_n(&s->hint, 0, __ATOMIC_RELAXED);
 
@@ -25,6 +26,7 @@ void urgent_take_hint(struct source *s)
         s->cursor_block = (uint32_t)((hint - 1) >> HINT_BITS);
         s->cursor_page = (hint - 1) & ((UINT64_C(1) << HINT_BITS) - 1);
     }
+    return hint;
 }
 
 /*

@@ -24,7 +24,10 @@ static inline bool urgent_awaits(const struct source *s)
     return s->arriving && s->arriving->count;
 }
 
-/* For the pump: where to go on, if somebody has asked since the last time. */
-void urgent_take_hint(struct source *s);
+/*
+ * For the pump: go on behind what was asked for. False if nobody has asked
+ * since the last time.
+ */
+bool urgent_take_hint(struct source *s);
 
 #endif

@@ -91,11 +91,12 @@ static bool is_page(uint64_t flags)
 static const char *refusal(uint64_t flags)
 {
     if (flags & RAM_SAVE_FLAG_XBZRLE) {
-        return "an XBZRLE page: switch capability xbzrle off at the source";
+        return "RAM record with flags of an XBZRLE page: switch capability "
+               "xbzrle off at the source";
     }
     if (flags & RAM_SAVE_FLAG_COMPRESS_PAGE) {
-        return "a compressed page: switch capability compress off at the "
-               "source";
+        return "RAM record with flags of a compressed page: switch "
+               "capability compress off at the source";
     }
     return "RAM record with flags that are not allowed here";
 }

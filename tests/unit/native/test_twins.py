@@ -86,6 +86,7 @@ class Block:
     page_size = PAGE
     length = PAGES * PAGE
     base = 0
+    start = 0
 
     def __init__(self, idstr: str) -> None:
         self.idstr = idstr

@@ -222,7 +222,7 @@ def test_a_bound_that_is_another_parameter():
 
 def test_every_parameter_but_one_has_a_default():
     names = set(SCHEMA.enum("MigrationParameter"))
-    assert len(names) == 29
+    assert len([name for name in names if not name.startswith("x-postcopyd-")]) == 29
     without = names - set(SCHEMA.defaults("MigrationParameters"))
     assert without == {"block-bitmap-mapping"}
 

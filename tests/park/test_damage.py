@@ -1,0 +1,101 @@
+"""What has changed on the disk does not get into a guest: it is named instead.
+
+Every bit of a directory is under a checksum; tests/unit/store flips them by the
+thousand. Here they are flipped under a srcd that serves to a QEMU without a CPU,
+whose memory the test maps.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+from support.parking import OUT, Workshop, both_complete, recover, wait_status
+from support.qemu import Qemu
+from support.ram import MIB, PAGE, Block
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = [pytest.mark.qemu, pytest.mark.userfaultfd]
+
+BLOCK = Block("ram", 4 * MIB)
+FLIPS = {"full": 24, "lazy": 8, "preempt": 8}
+
+
+@pytest.fixture
+def shop(private_dir: Path) -> Iterator[Workshop]:
+    """With 4 MiB in its directory, a part of them zero."""
+    with Workshop(private_dir) as shop:
+        with Qemu(BLOCK) as qemu, shop.parker() as dstd:
+            qemu.fill(seed=1)
+            qemu.ram[0].bytes[: BLOCK.size // 4] = bytes(BLOCK.size // 4)
+            qemu.set_capabilities("return-path")
+            qemu.migrate(dstd.listen())
+            qemu.wait_status("completed")
+        yield shop
+
+
+def flip(file: Path, number: int) -> None:
+    """One bit of it; a second time, it is as it was."""
+    with file.open("r+b") as opened:
+        opened.seek(number // 8)
+        byte = opened.read(1)[0] ^ 1 << number % 8
+        opened.seek(number // 8)
+        opened.write(bytes([byte]))
+
+
+def wrong_pages(found: memoryview | bytes, right: bytes) -> list[int]:
+    """Pages that are neither as they should be nor still empty."""
+    pages = range(0, len(right), PAGE)
+    nothing = bytes(PAGE)
+    return [
+        at
+        for at in pages
+        if bytes(found[at : at + PAGE]) not in (right[at : at + PAGE], nothing)
+    ]
+
+
+@pytest.mark.parametrize("out", FLIPS)
+def test_flipped_page_is_not_sent(shop: Workshop, out: str) -> None:
+    options, capabilities = OUT[out]
+    file = shop.parked / "ram-0000"
+    right = file.read_bytes()
+    seeded = random.Random(out)
+    for _ in range(FLIPS[out]):
+        bit = seeded.randrange(len(right) * 8)
+        flip(file, bit)
+        with (
+            Qemu(BLOCK, incoming=True) as qemu,
+            shop.server("--clone", *options) as srcd,
+        ):
+            qemu.set_capabilities(*capabilities)
+            srcd.migrate(qemu.listen())
+            # A QEMU that may run the guest already waits for what is missing.
+            stopped = "failed" if out == "full" else "postcopy-paused"
+            assert srcd.wait_status("completed", "failed", stopped) == stopped
+            said = srcd.query()["error-desc"]
+            assert not wrong_pages(qemu.ram[0].bytes, right)
+        flip(file, bit)
+        offset = re.search(r"ram\b.*offset (0x[0-9a-f]+)", said)
+        assert offset, said
+        assert int(offset[1], 16) == bit // 8 // 65536 * 65536, said
+
+
+@pytest.mark.parametrize("out", ["lazy", "preempt"])
+def test_guest_goes_on_when_the_file_is_right_again(shop: Workshop, out: str) -> None:
+    options, capabilities = OUT[out]
+    file = shop.parked / "ram-0000"
+    right = file.read_bytes()
+    flip(file, len(right) * 6)
+    with Qemu(BLOCK, incoming=True) as qemu, shop.server(*options) as srcd:
+        qemu.set_capabilities(*capabilities)
+        srcd.migrate(qemu.listen())
+        wait_status((srcd, qemu), "postcopy-paused")
+        flip(file, len(right) * 6)
+        recover(srcd, qemu)
+        both_complete(srcd, qemu)
+        assert bytes(qemu.ram[0].bytes) == right
