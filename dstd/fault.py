@@ -74,6 +74,7 @@ class Memory:
             raise
         self._stop = Stop()
         self._sweep_stop = Stop()
+        self._upstream_stop = Stop()
         self._prepare_stop = Stop()
         self.way = way
         self._channel: CData = None
@@ -189,6 +190,14 @@ class Memory:
                 lambda: lib.fault_run(self._native, self._stop.fd), self._stop
             )
 
+    async def pass_on(self, socket: int) -> None:
+        """Ask for the pages that are asked for at `socket`, until cancelled."""
+        self._upstream_stop.clear()
+        await run_loop(
+            lambda: lib.upstream_answer(self._native, socket, self._upstream_stop.fd),
+            self._upstream_stop,
+        )
+
     async def sweep(self) -> None:
         """Map what came in precopy, so that the guest does not fault on it."""
         self._sweep_stop.clear()
@@ -264,6 +273,7 @@ class Memory:
             os.close(self.kept)
         self._stop.close()
         self._sweep_stop.close()
+        self._upstream_stop.close()
         self._prepare_stop.close()
 
 

@@ -154,6 +154,7 @@ class IncomingMigration:
         self._standing: trio.Nursery
         self._loaded = False  # PONG 3 has left: the source may give the guest up
         self._running = trio.Event()
+        self._asked = trio.Event()  # for a page, of a VM that is being parked
         self._told = False  # SHUT 0 has arrived for certain
         self._link: Connection | None = None  # the one that is, or was last
         self._waiting = trio.CancelScope()  # for a source that resumes
@@ -298,6 +299,8 @@ class IncomingMigration:
                     await self._take(Connection(main, self.memory), self._receive)
                 elif self.status.now is M.POSTCOPY_PAUSED:
                     self._standing.start_soon(self._answer_faults)
+                    if self._running.is_set():
+                        self._let_serve()
                 while self.status.now is M.POSTCOPY_PAUSED:
                     await self._come_back()
                 self._standing.cancel_scope.cancel()
@@ -579,8 +582,7 @@ class IncomingMigration:
         self.postcopy.set(P.LISTENING)
         self.status.set(M.POSTCOPY_ACTIVE)
         self._standing.start_soon(self._answer_faults)
-        if link.preempt and not self._parking:
-            nursery.start_soon(self._load_urgent, link.preempt)
+        nursery.start_soon(self._load_urgent, link)
         nursery.start_soon(self._run_package, link.peer, package, nursery)
 
     async def _keep_package(self, peer: Peer, blob: bytes) -> None:
@@ -651,17 +653,22 @@ class IncomingMigration:
                 await self._start_guest(True)
                 self._journal.write(phase=Phase.RUNNING)
                 self._running.set()
+            self._let_serve()
 
     @property
     def _preempt_expected(self) -> bool:
         """What is parked comes as its source likes it: the channel is there, and
-        stays silent, because nothing is asked for.
+        stays silent until something is asked for.
         """
         return self.settings.on("postcopy-preempt") or self._parking is not None
 
-    async def _load_urgent(self, channel: Channel) -> None:
+    async def _load_urgent(self, link: Connection) -> None:
         """The preempt channel; its end is an error only while pages are missing."""
-        loader = Loader(self.memory, channel, preempt=True)
+        await link.preempt_came.wait()
+        assert link.preempt
+        if self._parking:
+            await self._asked.wait()
+        loader = Loader(self.memory, link.preempt, preempt=True)
         try:
             await loader.urgent_pages()
         except ChannelLost:
@@ -743,8 +750,7 @@ class IncomingMigration:
         link.stack.enter_context(processors_awake(self._tuning.awake))
         self.memory.connect(link.main)
         await self.memory.ask_again(link.main)
-        if link.preempt and not self._parking:
-            nursery.start_soon(self._load_urgent, link.preempt)
+        nursery.start_soon(self._load_urgent, link)
         nursery.start_soon(self._go_on, nursery)
         await self._sections(link, nursery)
 
@@ -789,6 +795,21 @@ class IncomingMigration:
             await self._command(link, await link.peer.command())
 
     # -- parking
+
+    def _let_serve(self) -> None:
+        """A parked VM is ours from now on, so it may be passed on as it comes."""
+        if self._parking:
+            self._standing.start_soon(self._pass_on, self._parking)
+
+    async def _pass_on(self, guest: ParkingGuest) -> None:
+        """Ask for the pages that whoever serves it asks for."""
+        try:
+            with guest.upstream() as socket:
+                await trio.lowlevel.wait_readable(socket)
+                self._asked.set()
+                await self.memory.pass_on(socket)
+        except HostError as error:
+            log.warning("this VM is not served before it is complete: %s", error)
 
     async def _park(self, guest: ParkingGuest) -> None:
         """All has come: make it a parked VM, before the source lets it go."""

@@ -346,7 +346,7 @@ class OutgoingMigration:
         elif self._return_path:
             await self._answer()
         self.tracking.start()
-        if self.peer.is_dstd:
+        if self.peer.is_dstd and not self.pump.arrives:
             await self._tell_layout()
         self.times.active = time.monotonic()
         self._next_pass()

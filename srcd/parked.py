@@ -11,6 +11,7 @@ import trio
 from common.errors import ChannelLost, HostError, MigrationError, Refused
 from common.guest.stored import Mark, StoredGuest
 from common.native._native import lib
+from common.store.arriving import Arriving
 
 if TYPE_CHECKING:
     from common.guest.base import Guest
@@ -38,7 +39,12 @@ class Serving:
         self._pump = pump
         self._first = guest.parked.working_set if guest.learns else ()
         self._mark: Mark | None = self.gone
-        pump.serve_stored(guest.parked.checksums(), self._first)
+        parked = guest.parked
+        if isinstance(parked, Arriving):
+            pump.serve_stored(None, ())
+            pump.serve_arriving(parked.received, parked.socket, parked.filler)
+        else:
+            pump.serve_stored(parked.checksums(), self._first)
 
     @classmethod
     def of(cls, guest: Guest, pump: Pump) -> Serving | None:

@@ -48,6 +48,7 @@ class Pump:
         self._owing = False
         self._stored: CData | None = None
         self._checksums: CData | None = None
+        self._arriving: CData | None = None
         self._verified = 0
         self._closed = False
 
@@ -62,14 +63,16 @@ class Pump:
 
     # -- stored RAM
 
-    def serve_stored(self, checksums: bytes, first: Sequence[int]) -> None:
+    def serve_stored(self, checksums: bytes | None, first: Sequence[int]) -> None:
         """The RAM comes from a store; before any loop runs.
 
-        `checksums` of all blocks as they are in memory, `first` the pages to be
-        sent first, see csrc/working_set.h.
+        `checksums` of all blocks as they are in memory, if there are any, `first`
+        the pages to be sent first, see csrc/working_set.h.
         """
         self._stored = ffi.new("struct stored *")
-        self._checksums = ffi.from_buffer("uint32_t[]", checksums)
+        self._checksums = (
+            ffi.NULL if checksums is None else ffi.from_buffer("uint32_t[]", checksums)
+        )
         try:
             check(lib.stored_open(self._stored, self._ram.native, self._checksums))
         except HostError:
@@ -80,6 +83,34 @@ class Pump:
             lib.working_set_add_untrusted(wanted, self._ram.native, page)
         self._native.section_id = c.PARKED_RAM_SECTION_ID
         lib.source_serve(self._native, self._stored)
+
+    def serve_arriving(self, received: int, socket: int, filler: str) -> None:
+        """The store is being filled: what is not here has to be waited for.
+
+        `received` is the file that says what is here, `socket` the one to ask for
+        pages from at the address `filler`.
+        """
+        self._arriving = ffi.new("struct arriving *")
+        try:
+            check(
+                lib.arriving_open(
+                    self._arriving, self._ram.native, received, socket, filler.encode()
+                )
+            )
+        except HostError:
+            self.close()
+            raise
+        lib.source_await(self._native, self._arriving)
+
+    @property
+    def arrives(self) -> bool:
+        """Whether pages are still to come; once all have, it stays so."""
+        return self._arriving is not None
+
+    @property
+    def asked_upstream(self) -> int:
+        """How often pages were asked for where the VM comes from."""
+        return int(self._arriving.asked) if self._arriving is not None else 0
 
     def leave_out_zeroes(self, yes: bool) -> None:
         """Stored pages of zeroes are sent in postcopy only if they are asked for."""
@@ -248,6 +279,8 @@ class Pump:
             lib.source_close(self._native)
             if self._stored is not None:
                 lib.stored_close(self._stored)
+            if self._arriving is not None:
+                lib.arriving_close(self._arriving)
             self._ram.close()
 
 

@@ -121,6 +121,8 @@ def _ours(migration: OutgoingMigration) -> Mapping[str, Json]:
             "left-out-pages": int(stats.left_out_pages),
             "working-set-pages": int(stats.working_set_pages),
             "verified-regions": migration.pump.verified_regions,
+            "awaited-pages": int(stats.awaited_pages),
+            "asked-upstream": migration.pump.asked_upstream,
         }
     if not migration.convergence.hopeful:
         info["advice"] = (

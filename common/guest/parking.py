@@ -22,6 +22,7 @@ from common.stream.constants import TARGET_PAGE_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
 
     from common.stream.section import BlockEntry
 
@@ -111,6 +112,10 @@ class ParkingGuest:
         """
         await self._parking.commit(sections, description, run_state, origin)
         self.state = GuestState.PAUSED
+
+    def upstream(self) -> AbstractContextManager[int]:
+        """It is ours now, and may be served: a socket at which that asks for pages."""
+        return self._parking.upstream()
 
     def let_go(self) -> None:
         """It is parked, and any process may serve it."""

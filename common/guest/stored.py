@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import resource
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn, Self
 
 import trio
@@ -16,6 +17,7 @@ import trio
 from common.errors import GuestError, HostError
 from common.guest.base import Device, GuestState, RamBlock
 from common.guest.keeping import KeptFiles
+from common.store.arriving import Arriving
 from common.store.directory import Parked
 
 if TYPE_CHECKING:
@@ -53,8 +55,27 @@ class Mark:
 _PENDING: Final = ", which still needs memory from here"
 
 
+def _open(directory: str, *, lazy: bool) -> Parked:
+    """A complete one, or one that arrives while it is served."""
+    path = Path(directory)
+    if not Arriving.is_here(path):
+        return Parked.open(path)
+    if not lazy:
+        raise HostError(
+            f"{directory} is incomplete: the VM still arrives; serve it with"
+            " --restore lazy, or wait"
+        )
+    try:
+        return Arriving.open(path)
+    except HostError:
+        if Arriving.is_here(path):
+            raise
+        return Parked.open(path)  # it has become complete meanwhile
+
+
 class StoredGuest:
-    """The parked VM in `directory`; HostError if that is not complete, or in use.
+    """The parked VM in `directory`; HostError if that is in use, or not complete
+    nor on its way by postcopy.
 
     Not as a `clone` it runs once: it is refused when it runs elsewhere already,
     unless it still needs memory from here.
@@ -82,7 +103,7 @@ class StoredGuest:
         beside: str,
     ) -> None:
         _allow_descriptors()
-        self.parked = Parked.open(directory)
+        self.parked = _open(directory, lazy=lazy)
         try:
             self.parked.lock(clone=clone)
             self.mark = None if clone else self._where()
@@ -100,6 +121,8 @@ class StoredGuest:
         self.blocks: Sequence[RamBlock] = self._opened()
         was = self.parked.manifest.run_state
         log.info("a parked VM that was %s, machine %s", was, self.machine)
+        if isinstance(self.parked, Arriving):
+            log.info("it has not wholly arrived, and is passed on as it comes")
         if self.mark:
             log.warning(
                 "the VM runs elsewhere, %s: it can be recovered from here, by"

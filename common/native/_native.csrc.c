@@ -1,3 +1,4 @@
+#include "arriving.h"
 #include "bitmap.h"
 #include "channel.h"
 #include "checksum.h"
@@ -17,6 +18,7 @@
 #include "stats.h"
 #include "stored.h"
 #include "uffd.h"
+#include "upstream.h"
 #include "wait.h"
 #include "wire.h"
 #include "working_set.h"

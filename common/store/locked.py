@@ -2,7 +2,7 @@
 
 Locks are flock(2)s, gone with their process: who fills a directory has it
 exclusively, who serves it shares it, and who serves it not as a clone has its
-manifest exclusively besides.
+configuration exclusively besides: a file that is there from the start.
 """
 
 from __future__ import annotations
@@ -27,6 +27,10 @@ class Directory:
         self.path = path
         with files.named(path, "open"):
             self._fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    @property
+    def fd(self) -> int:
+        return self._fd
 
     def lock(self, how: int, refusal: str) -> None:
         flock(self._fd, how, self.path, refusal)

@@ -141,9 +141,13 @@ class Parked:
     def lock(self, *, clone: bool) -> None:
         """Before serving it; HostError if another process moves it, or fills it."""
         self._directory.lock(fcntl.LOCK_SH, "is in use by another process")
-        if clone or self._lock >= 0:
+        if not clone:
+            self._lock_alone()
+
+    def _lock_alone(self) -> None:
+        if self._lock >= 0:
             return
-        path = self.path / manifest.NAME
+        path = self.path / manifest.CONFIGURATION
         with files.named(path, "open"):
             self._lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         flock(

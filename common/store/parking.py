@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import trio
 
 from common.errors import HostError, StreamError
-from common.store import checksum, files, manifest, receiving
+from common.store import checksum, files, manifest, receiving, upstream
 from common.store.checksum import Extent, crc32c
 from common.store.locked import Directory, open_block
 from common.store.manifest import Block, Manifest
@@ -22,6 +22,7 @@ from common.stream import fields, section, vmdesc
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from contextlib import AbstractContextManager
     from types import TracebackType
 
 MAX_DESCRIPTION: Final = 32 << 20  # bytes
@@ -190,9 +191,11 @@ class Parking:
             path.unlink()
 
     def _kept_path(self, name: str) -> Path:
-        if not _KEPT_NAME.fullmatch(name):
-            raise ValueError(f"not a name to keep a file under: {name!r}")
-        return self.path / (_KEPT + name)
+        return kept_path(self.path, name)
+
+    def upstream(self) -> AbstractContextManager[int]:
+        """From now on it can be served: a socket at which pages are asked for."""
+        return upstream.listening(self.path)
 
     # -- the end
 
@@ -217,7 +220,7 @@ class Parking:
         if self._description is not None:
             state[manifest.DESCRIPTION] = self._description
         whole = Manifest(
-            machine=_machine(self.configuration),
+            machine=machine_of(self.configuration),
             blocks=tuple(self.blocks),
             advised=self.advised,
             run_state=run_state,
@@ -254,6 +257,7 @@ class Parking:
             for name in self.kept:
                 self.forget(name)
             (self.path / receiving.NAME).unlink()
+            (self.path / upstream.NAME).unlink(missing_ok=True)
 
     # -- what has come so far
 
@@ -274,6 +278,13 @@ class Parking:
     def _recalled(self, name: str) -> bytes:
         path = self.path / name
         return files.read(path, manifest.MAX_STATE) if path.exists() else b""
+
+
+def kept_path(directory: Path, name: str) -> Path:
+    """Where a file is kept until it is complete."""
+    if not _KEPT_NAME.fullmatch(name):
+        raise ValueError(f"not a name to keep a file under: {name!r}")
+    return directory / (_KEPT + name)
 
 
 def _check_empty(path: Path) -> None:
@@ -305,7 +316,7 @@ def _devices(text: bytes | None) -> tuple[str, ...]:
         return ()  # it is kept for analysers; nothing here depends on it
 
 
-def _machine(configuration: bytes) -> str:
+def machine_of(configuration: bytes) -> str:
     """Its name in the bytes that were kept of a stream."""
     read = fields.over(configuration + section.EOF)
     found, _ = section.read_configuration_untrusted(read)

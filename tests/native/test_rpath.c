@@ -432,13 +432,13 @@ static void test_requests_of_the_destination(void)
     huge = &g.ram.blocks[1];
     line_open(&l);
     rpath_open(&rp);
-    CHECK(RESULT_IS_OK(rpath_request(&rp, ram, 0)));
+    CHECK(RESULT_IS_OK(rpath_request(&rp, ram, 0, PAGE)));
     CHECK_EQ(rp.requests, 0);
     rpath_connect(&rp, &l.channel);
-    CHECK(RESULT_IS_OK(rpath_request(&rp, ram, 0)));
-    CHECK(RESULT_IS_OK(rpath_request(&rp, ram, 3 * PAGE)));
-    CHECK(RESULT_IS_OK(rpath_request(&rp, huge, HUGE)));
-    CHECK(RESULT_IS_OK(rpath_request(&rp, ram, PAGE)));
+    CHECK(RESULT_IS_OK(rpath_request(&rp, ram, 0, PAGE)));
+    CHECK(RESULT_IS_OK(rpath_request(&rp, ram, 3 * PAGE, PAGE)));
+    CHECK(RESULT_IS_OK(rpath_request(&rp, huge, HUGE, HUGE)));
+    CHECK(RESULT_IS_OK(rpath_request(&rp, ram, PAGE, PAGE)));
     put_request(&s, "ram", 0, PAGE);
     put_request(&s, NULL, 3 * PAGE, PAGE);
     put_request(&s, "huge", HUGE, HUGE);
@@ -447,15 +447,15 @@ static void test_requests_of_the_destination(void)
     script_free(&s);
     /* A new connection knows no block. */
     rpath_connect(&rp, NULL);
-    CHECK(RESULT_IS_OK(rpath_request(&rp, ram, PAGE)));
+    CHECK(RESULT_IS_OK(rpath_request(&rp, ram, PAGE, PAGE)));
     rpath_connect(&rp, &l.channel);
-    CHECK(RESULT_IS_OK(rpath_request(&rp, ram, PAGE)));
+    CHECK(RESULT_IS_OK(rpath_request(&rp, ram, PAGE, PAGE)));
     put_request(&s, "ram", PAGE, PAGE);
     CHECK(sent(&l, &s));
     script_free(&s);
     CHECK_EQ(rp.requests, 5);
     line_hang_up(&l);
-    CHECK_EQ(rpath_request(&rp, ram, 0).kind, RESULT_CHANNEL);
+    CHECK_EQ(rpath_request(&rp, ram, 0, PAGE).kind, RESULT_CHANNEL);
     rpath_close(&rp);
     line_close(&l);
     guest_close(&g);
@@ -474,7 +474,7 @@ static struct result ask(void *arg)
     struct result r = result_ok();
 
     for (int i = 0; i < REQUESTS && RESULT_IS_OK(r); i++) {
-        r = rpath_request(a->rp, a->block, 0);
+        r = rpath_request(a->rp, a->block, 0, a->block->page_size);
     }
     return r;
 }

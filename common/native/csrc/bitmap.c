@@ -19,11 +19,11 @@ uint64_t bitmap_length(uint64_t bits)
     return (bytes + BITMAP_ALIGN - 1) / BITMAP_ALIGN * BITMAP_ALIGN;
 }
 
-static struct result map_words(struct bitmap *b, uint64_t bits, int flags,
-                               int fd, uint64_t offset)
+static struct result map_words(struct bitmap *b, uint64_t bits, int protection,
+                               int flags, int fd, uint64_t offset)
 {
-    void *words = mmap(NULL, (size_t)bitmap_length(bits),
-                       PROT_READ | PROT_WRITE, flags, fd, (off_t)offset);
+    void *words = mmap(NULL, (size_t)bitmap_length(bits), protection, flags, fd,
+                       (off_t)offset);
 
     if (words == MAP_FAILED) {
         return result_errno(RESULT_HOST, "mmap of a bitmap", errno);
@@ -34,19 +34,27 @@ static struct result map_words(struct bitmap *b, uint64_t bits, int flags,
 
 struct result bitmap_open(struct bitmap *b, uint64_t bits)
 {
-    return map_words(b, bits, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    return map_words(b, bits, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 }
 
 struct result bitmap_open_file(struct bitmap *b, uint64_t bits, int fd,
                                uint64_t offset)
 {
-    struct result r = map_words(b, bits, MAP_SHARED, fd, offset);
+    struct result r =
+        map_words(b, bits, PROT_READ | PROT_WRITE, MAP_SHARED, fd, offset);
 
     /* Who kept the file may have changed it; we count on these being clear. */
     if (RESULT_IS_OK(r) && bits % WORD_BITS) {
         b->words[bits / WORD_BITS] &= ~(UINT64_MAX << (bits % WORD_BITS));
     }
     return r;
+}
+
+struct result bitmap_view_file(struct bitmap *b, uint64_t bits, int fd,
+                               uint64_t offset)
+{
+    return map_words(b, bits, PROT_READ, MAP_SHARED, fd, offset);
 }
 
 void bitmap_close(struct bitmap *b)

@@ -32,6 +32,10 @@ struct result bitmap_open(struct bitmap *b, uint64_t bits);
  */
 struct result bitmap_open_file(struct bitmap *b, uint64_t bits, int fd,
                                uint64_t offset);
+/* The same, to read: who writes them is another process. Bits past `bits` may
+ * be anything. */
+struct result bitmap_view_file(struct bitmap *b, uint64_t bits, int fd,
+                               uint64_t offset);
 void bitmap_close(struct bitmap *b);
 /* Bytes in a file, a multiple of BITMAP_ALIGN. */
 uint64_t bitmap_length(uint64_t bits);

@@ -35,7 +35,7 @@ static struct result handle_fault(struct destination *d,
          * A broken connection is the load loop's to report; the request is
          * remembered in the bitmap.
          */
-        (void)rpath_request(&d->rpath, b, host << b->host_bits);
+        (void)rpath_request(&d->rpath, b, host << b->host_bits, b->page_size);
         waiting_asked(&d->waiting, fault->thread);
     }
     /* It may have arrived since we looked: see place.h. */
@@ -56,7 +56,7 @@ static struct result ask_block_again(struct destination *d,
 
     while (RESULT_IS_OK(r) && host < b->requested.bits) {
         if (!place_is_here(b, host)) {
-            r = rpath_request(&d->rpath, b, host << b->host_bits);
+            r = rpath_request(&d->rpath, b, host << b->host_bits, b->page_size);
         }
         host = bitmap_next_set(&b->requested, host + 1);
     }

@@ -95,6 +95,17 @@ static bool next_dirty(struct source *s, struct ram_block **block,
     return false;
 }
 
+/* Only postcopy can wait for a page. */
+static struct result check_here(struct source *s, const struct ram_block *b,
+                                uint64_t host)
+{
+    if (!source_has(s, b, host)) {
+        return result_of(RESULT_HOST, "the VM has not wholly arrived; serve it"
+                                      " by postcopy, or wait");
+    }
+    return source_check(s, b, host);
+}
+
 /* Bits are cleared before the page is read: a later write sets them again. */
 static struct result fill_precopy(struct source *s, struct batch *batch,
                                   uint32_t most)
@@ -105,7 +116,7 @@ static struct result fill_precopy(struct source *s, struct batch *batch,
 
     batch_begin_part(batch, s->section_id);
     while (batch->pages < most && next_dirty(s, &b, &page)) {
-        r = source_check(s, b, page >> block_pages_bits(b));
+        r = check_here(s, b, page >> block_pages_bits(b));
         if (!RESULT_IS_OK(r)) {
             return r;
         }
@@ -210,16 +221,40 @@ static uint64_t next_in_block(const struct source *s, const struct ram_block *b,
     return h;
 }
 
+/* Likewise, of those that are here. */
+static uint64_t next_here(const struct source *s, const struct ram_block *b,
+                          uint64_t from)
+{
+    const struct bitmap *left_out = stored_left_out(s->stored, b);
+    uint64_t mask = ~UINT64_C(0) << (from % 64);
+
+    for (uint64_t word = from / 64; word * 64 < b->owed.bits; word++) {
+        uint64_t found =
+            mask & __atomic_load_n(&b->owed.words[word], __ATOMIC_SEQ_CST) &
+            ~__atomic_load_n(&left_out->words[word], __ATOMIC_RELAXED);
+
+        if (found) {
+            found &= arriving_word(s->arriving, b, word);
+        }
+        if (found) {
+            return word * 64 + (uint64_t)__builtin_ctzll(found);
+        }
+        mask = ~UINT64_C(0);
+    }
+    return b->owed.bits;
+}
+
 /*
- * The next host page that is owed, from the cursor on and around; the same one
- * again as long as it is.
+ * The next host page that is owed and here, from the cursor on and around; the
+ * same one again as long as it is.
  */
 static bool next_owed(struct source *s, struct ram_block **block,
                       uint64_t *host)
 {
     for (uint32_t i = 0; i <= s->ram->count; i++) {
         struct ram_block *b = &s->ram->blocks[s->cursor_block];
-        uint64_t h = next_in_block(s, b, s->cursor_page);
+        uint64_t h = s->arriving ? next_here(s, b, s->cursor_page) :
+                                   next_in_block(s, b, s->cursor_page);
 
         if (h < b->owed.bits) {
             *block = b;
@@ -236,11 +271,14 @@ static bool next_owed(struct source *s, struct ram_block **block,
 static void add_owed(struct source *s, struct batch *batch, struct ram_block *b,
                      uint64_t host, bool asked_before)
 {
-    if (!asked_before && source_leaves_out(s, &s->extent, b, host)) {
+    /* What is known of holes does not hold while pages arrive. */
+    struct extent *extent = s->arriving ? NULL : &s->extent;
+
+    if (!asked_before && source_leaves_out(s, extent, b, host)) {
         bitmap_test_and_set(stored_left_out(s->stored, b), host);
         STATS_ADD(s->stats.left_out_pages, block_pages_per_host(b));
     } else if (source_claim(b, host)) {
-        source_add_host_page(s, batch, &s->extent, b, host);
+        source_add_host_page(s, batch, extent, b, host);
         STATS_ADD(s->stats.working_set_pages,
                   asked_before ? block_pages_per_host(b) : 0);
     }
@@ -301,7 +339,8 @@ static struct result send_probe(struct source *s)
     return r;
 }
 
-static struct result wait_for_answer(struct source *s)
+/* Until somebody wakes the pump, or for so long; -1: for ever. */
+static struct result wait_for_wake(struct source *s, int timeout_ms)
 {
     struct pollfd fds[] = {
         { .fd = s->main->stop_fd, .events = POLLIN },
@@ -310,12 +349,7 @@ static struct result wait_for_answer(struct source *s)
     };
     uint64_t drained;
 
-    __atomic_store_n(&s->flow_waits, 1, __ATOMIC_SEQ_CST);
-    /* It may have come since we looked; then nobody wakes us. */
-    if (flow_turn(&s->flow, clock_ns()) != FLOW_WAIT) {
-        return result_ok();
-    }
-    if (poll(fds, 3, -1) < 0 && errno != EINTR) {
+    if (poll(fds, 3, timeout_ms) < 0 && errno != EINTR) {
         return result_errno(RESULT_HOST, "poll", errno);
     }
     if (fds[0].revents) {
@@ -326,6 +360,16 @@ static struct result wait_for_answer(struct source *s)
     }
     (void)!read(s->wake_fd, &drained, sizeof(drained));
     return result_ok();
+}
+
+static struct result wait_for_answer(struct source *s)
+{
+    __atomic_store_n(&s->flow_waits, 1, __ATOMIC_SEQ_CST);
+    /* It may have come since we looked; then nobody wakes us. */
+    if (flow_turn(&s->flow, clock_ns()) != FLOW_WAIT) {
+        return result_ok();
+    }
+    return wait_for_wake(s, -1);
 }
 
 /* Until the peer has taken so much that more may be sent ahead. */
@@ -402,6 +446,19 @@ static void pause_for_faults(struct source *s)
     }
 }
 
+/* Is anything owed that is not here? */
+static bool must_await(const struct source *s)
+{
+    for (uint32_t i = 0; s->arriving && i < s->ram->count; i++) {
+        const struct ram_block *b = &s->ram->blocks[i];
+
+        if (next_in_block(s, b, 0) < b->owed.bits) {
+            return true;
+        }
+    }
+    return false;
+}
+
 static struct result send_owed(struct source *s)
 {
     channel_limit_unsent(s->main, POSTCOPY_UNSENT_MAX);
@@ -412,7 +469,13 @@ static struct result send_owed(struct source *s)
             r = fill_postcopy(s, &s->batch, postcopy_bytes(s));
         }
         if (RESULT_IS_OK(r) && !s->batch.pages) {
-            break;
+            if (!must_await(s)) {
+                break;
+            }
+            r = wait_for_wake(s, ARRIVING_LOOK_MS);
+            if (RESULT_IS_OK(r)) {
+                continue;
+            }
         }
         if (RESULT_IS_OK(r)) {
             r = write_part(s, &s->batch, true);

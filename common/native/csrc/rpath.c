@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <poll.h>
 #include <string.h>
+#include <time.h>
 
 #define REQ_PAGES_LENGTH 12 /* be64 start, be32 length */
 
@@ -23,12 +24,19 @@ static struct result wait_for_message(struct source *s)
         { .fd = s->main->fd, .events = POLLIN },
         { .fd = watch ? s->urgent->fd : -1, .events = POLLRDHUP },
     };
+    struct timespec look = { .tv_nsec = ARRIVING_LOOK_NS };
 
     for (;;) {
+        struct result r = urgent_serve_arrived(s);
+
+        if (!RESULT_IS_OK(r)) {
+            return r;
+        }
         if (__atomic_load_n(&s->ended, __ATOMIC_SEQ_CST)) {
             fds[2].fd = -1;
         }
-        if (poll(fds, 3, -1) < 0 && errno != EINTR) {
+        if (ppoll(fds, 3, urgent_awaits(s) ? &look : NULL, NULL) < 0 &&
+            errno != EINTR) {
             return result_errno(RESULT_HOST, "poll", errno);
         }
         if (fds[0].revents) {
@@ -185,31 +193,32 @@ static void put_be16(uint8_t *out, size_t value)
 #define REQUEST_MAX (4 + REQ_PAGES_LENGTH + 1 + IDSTR_MAX)
 
 static size_t put_request(uint8_t *out, const struct ram_block *block,
-                          uint64_t offset, bool named)
+                          uint64_t offset, uint64_t length, bool named)
 {
-    size_t length = REQ_PAGES_LENGTH;
+    size_t size = REQ_PAGES_LENGTH;
 
     wire_put_be64(out + 4, offset);
-    wire_put_be32(out + 12, (uint32_t)block->page_size);
+    wire_put_be32(out + 12, (uint32_t)length);
     if (named) {
-        out[4 + length++] = block->idstr_length;
-        memcpy(out + 4 + length, block->idstr, block->idstr_length);
-        length += block->idstr_length;
+        out[4 + size++] = block->idstr_length;
+        memcpy(out + 4 + size, block->idstr, block->idstr_length);
+        size += block->idstr_length;
     }
     put_be16(out, named ? RP_REQ_PAGES_ID : RP_REQ_PAGES);
-    put_be16(out + 2, length);
-    return 4 + length;
+    put_be16(out + 2, size);
+    return 4 + size;
 }
 
 struct result rpath_request(struct rpath *rp, const struct ram_block *block,
-                            uint64_t offset)
+                            uint64_t offset, uint64_t length)
 {
     uint8_t message[REQUEST_MAX];
     struct result r = result_ok();
 
     pthread_mutex_lock(&rp->mutex);
     if (rp->channel) {
-        size_t size = put_request(message, block, offset, rp->last != block);
+        size_t size =
+            put_request(message, block, offset, length, rp->last != block);
 
         rp->last = block;
         r = channel_write(rp->channel, message, size);

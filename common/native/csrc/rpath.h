@@ -46,12 +46,12 @@ void rpath_close(struct rpath *rp);
 /* A new epoch, or NULL: the connection is gone and nothing uses it now. */
 void rpath_connect(struct rpath *rp, struct channel *channel);
 /*
- * Ask for one host page; the block is named when it changed. Without a
- * connection nothing is sent: what was requested is asked for again when
- * there is one.
+ * Ask for one host page of the source's, `length` bytes; the block is named
+ * when it changed. Without a connection nothing is sent: what was requested is
+ * asked for again when there is one.
  */
 struct result rpath_request(struct rpath *rp, const struct ram_block *block,
-                            uint64_t offset);
+                            uint64_t offset, uint64_t length);
 /* Answer a PING. Without a connection nothing is sent. */
 struct result rpath_pong(struct rpath *rp, uint32_t value);
 

@@ -27,6 +27,11 @@ void source_serve(struct source *s, struct stored *stored)
     s->stored = stored;
 }
 
+void source_await(struct source *s, struct arriving *arriving)
+{
+    s->arriving = arriving;
+}
+
 void source_close(struct source *s)
 {
     batch_close(&s->batch);
@@ -50,6 +55,9 @@ void source_connect(struct source *s, struct channel *main_channel,
     if (s->stored) {
         stored_restart(s->stored);
         __atomic_store_n(&s->stats.left_out_pages, 0, __ATOMIC_RELAXED);
+    }
+    if (s->arriving) {
+        arriving_forget(s->arriving);
     }
     __atomic_store_n(&s->ended, 0, __ATOMIC_SEQ_CST);
 }

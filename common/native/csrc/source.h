@@ -16,6 +16,7 @@
 #ifndef POSTCOPY_SOURCE_H
 #define POSTCOPY_SOURCE_H
 
+#include "arriving.h"
 #include "batch.h"
 #include "channel.h"
 #include "flow.h"
@@ -38,6 +39,7 @@ struct source_stats {
     uint64_t hole_pages;        /* of zero_pages, found without reading them */
     uint64_t left_out_pages;    /* target pages of zeroes, never sent so far */
     uint64_t working_set_pages; /* of background_pages, those sent first */
+    uint64_t awaited_pages;     /* host pages asked for that had to come */
     struct histogram queue;     /* request read .. its page's turn to be sent */
     struct histogram send;      /* .. handed to the kernel */
 };
@@ -75,7 +77,8 @@ struct source {
     struct asked_page recent[RECENT_REQUESTS];
     uint32_t recent_next;
 
-    struct stored *stored; /* NULL: a guest's memory, not stored RAM */
+    struct stored *stored;     /* NULL: a guest's memory, not stored RAM */
+    struct arriving *arriving; /* NULL: all of it is here */
     struct source_stats stats;
 };
 
@@ -84,6 +87,8 @@ struct result source_open(struct source *s, struct ram *ram,
 void source_close(struct source *s);
 /* The RAM is stored; `stored` is the caller's, open until source_close(). */
 void source_serve(struct source *s, struct stored *stored);
+/* The stored RAM is still arriving; likewise. Before any loop runs. */
+void source_await(struct source *s, struct arriving *arriving);
 /* A new epoch: channels are new, the cursors start over. */
 void source_connect(struct source *s, struct channel *main_channel,
                     struct channel *urgent);
@@ -121,6 +126,12 @@ source_check(struct source *s, const struct ram_block *b, uint64_t host)
     return s->stored ?
                stored_check(s->stored, b, host << b->host_bits, b->page_size) :
                result_ok();
+}
+/* Is all of this host page here? */
+static inline bool source_has(const struct source *s, const struct ram_block *b,
+                              uint64_t host)
+{
+    return !s->arriving || arriving_has(s->arriving, b, host);
 }
 /* May this host page be left out? `e` as in batch_add_page(). */
 bool source_leaves_out(const struct source *s, struct extent *e,

@@ -62,9 +62,10 @@ static bool comes_in_a_row(struct source *s, const struct ram_block *b,
 static bool may_go_along(struct source *s, const struct ram_block *b,
                          uint64_t host)
 {
-    return !s->stored || (bitmap_test(&b->owed, host) &&
-                          RESULT_IS_OK(source_check(s, b, host)) &&
-                          !source_leaves_out(s, NULL, b, host));
+    return !s->stored ||
+           (bitmap_test(&b->owed, host) && source_has(s, b, host) &&
+            RESULT_IS_OK(source_check(s, b, host)) &&
+            !source_leaves_out(s, NULL, b, host));
 }
 
 /* What went along would have been asked for next, perhaps. */
@@ -134,6 +135,34 @@ static bool claim_locked(struct source *s, struct ram_block *b, uint64_t host)
     return !(has_ended(s) && s->urgent == s->main) && source_claim(b, host);
 }
 
+static struct result await_page(struct source *s, struct ram_block *block,
+                                uint64_t host, uint64_t asked_ns)
+{
+    if (!arriving_await(s->arriving, block, host, asked_ns)) {
+        return result_stream("requests for more pages than can be awaited",
+                             host << block->host_bits, AWAITED_MAX);
+    }
+    STATS_ADD(s->stats.awaited_pages, 1);
+    arriving_ask(s->arriving, clock_ns());
+    return result_ok();
+}
+
+struct result urgent_serve_arrived(struct source *s)
+{
+    struct result r = result_ok();
+    struct awaited page;
+
+    if (!urgent_awaits(s)) {
+        return r;
+    }
+    while (RESULT_IS_OK(r) && arriving_take(s->arriving, &page)) {
+        r = urgent_serve(s, page.block, page.host << page.block->host_bits,
+                         page.since_ns);
+    }
+    arriving_ask(s->arriving, clock_ns());
+    return r;
+}
+
 struct result urgent_serve(struct source *s, struct ram_block *block,
                            uint64_t offset, uint64_t asked_ns)
 {
@@ -143,6 +172,9 @@ struct result urgent_serve(struct source *s, struct ram_block *block,
     bool owed;
 
     if (bitmap_test(&block->owed, host)) {
+        if (!source_has(s, block, host)) {
+            return await_page(s, block, host, asked_ns);
+        }
         r = source_check(s, block, host);
     }
     if (!RESULT_IS_OK(r)) {
