@@ -65,7 +65,16 @@ def _facts(client: QmpClient) -> dict[str, Any]:
             answer = read(client.execute(command, arguments))
             if answer not in (None, "", []):
                 facts[name] = answer
+    with suppress(CommandFailed, *_ODD):
+        facts["cpus"] = _cpus(client)
     return facts
+
+
+def _cpus(client: QmpClient) -> str:
+    """How many of which model: all are of one."""
+    cpus: Any = client.execute("query-cpus-fast")
+    first = {"path": cpus[0]["qom-path"], "property": "type"}
+    return f"{len(cpus)} of {str(client.execute('qom-get', first))[:200]}"
 
 
 # --- how an answer is read: a text, or a list of them -----------------------------
@@ -88,11 +97,6 @@ def _version(answer: _Object) -> str:
 def _machine(answer: object) -> str | None:
     found = _text(answer)
     return found.removesuffix("-machine") if found else None
-
-
-def _cpus(answer: list[_Object]) -> list[str]:
-    kinds = [str(one["qom-type"])[:100] for one in answer[:_MAX_LIST]]
-    return [f"{kinds.count(kind)} of {kind}" for kind in dict.fromkeys(kinds)]
 
 
 def _memory(answer: _Object) -> str:
@@ -139,7 +143,6 @@ _QUESTIONS: Final[tuple[tuple[str, str, Any, Callable[[Any], Any]], ...]] = (
     ("uuid", "query-uuid", None, _member("UUID")),
     ("version", "query-version", None, _version),
     ("machine", "qom-get", {"path": "/machine", "property": "type"}, _machine),
-    ("cpus", "query-cpus-fast", None, _cpus),
     ("accel", "query-kvm", None, _kvm),
     ("memory", "query-memory-size-summary", None, _memory),
     ("memdev", "query-memdev", None, _backends),

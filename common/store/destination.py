@@ -57,7 +57,11 @@ LOOK_AT: Final = tuple(
         (("snapshot",), r"", "what the VM wrote to its disks was in temporary files"),
         (("drive",), r"snapshot=on", "what the VM wrote to it was in a temporary file"),
         (_CONSOLES, r"(^|[:=])fd:|\bfd=|/dev/fdset", _FD),
-        (_CONSOLES, r"\bunix:|\btcp:|\btelnet:|\bsocket\b|\bport=|\budp", _SOCKET),
+        (
+            _CONSOLES,
+            r"^(?!.*fd[=:/]).*(\bunix:|\btcp:|\btelnet:|\bsocket\b|\bport=|\budp)",
+            _SOCKET,
+        ),
         (("vnc",), r":\d", _SOCKET),
         (_CONSOLES, r"\bfile:|^(file|pipe),|^pipe:", "is written to from its start"),
         (_CONSOLES, r"^/dev/|^(parallel|serial|tty),", _NETWORK),
