@@ -74,3 +74,28 @@ def _loads(words: list[str], environment: dict[str, str]) -> None:
         words, input=asked, capture_output=True, text=True, timeout=30, env=environment
     )
     assert '"status": "inmigrate"' in ran.stdout, ran.stderr
+
+
+def test_another_vm_is_refused(private_dir: Path) -> None:
+    """And one that is parked already may still be described."""
+    control = private_dir / "a.qmp"
+    more = ("-qmp", f"unix:{control},server=on,wait=off")
+    with Workshop(private_dir, disk=False) as shop:
+        guest = shop.boot()
+        shop.park(guest, "precopy")
+    with Workshop(private_dir, machine="q35", disk=False, arguments=more) as other:
+        other.waiting()
+        ran = subprocess.run(
+            ["srcd", "describe", shop.parked, "--qmp", control],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert ran.returncode == 1
+        assert "that QEMU is another VM: its machine is 'pc-q35-" in ran.stderr
+    with Workshop(private_dir, disk=False, arguments=more) as again:
+        guest = again.waiting()
+        noted = srcd("describe", shop.parked, "--qmp", control)
+        assert f"process {guest.pid}" in noted.stdout
+    shown = json.loads(srcd("inspect", "--json", shop.parked).stdout)
+    assert shown["destination"]["words"][-2:] == ["-incoming", "defer"]
