@@ -6,6 +6,7 @@ of the process at the other end of a local socket.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,12 +72,21 @@ def _from_process(told: questions.Told) -> dict[str, Any]:
         return {
             description.COMMAND: told.words,
             "command-line-from": f"process {told.process}",
+            **_working_directory(told.process),
         }
     print(
         f"srcd: the command line is not known: {told.why_not}; give it with --command",
         file=sys.stderr,
     )
     return {}
+
+
+def _working_directory(process: int) -> dict[str, str]:
+    """Where its relative paths begin; nothing if that may not be known."""
+    try:
+        return {"working-directory": os.readlink(f"/proc/{process}/cwd")}
+    except OSError:
+        return {}
 
 
 def _words(name: str) -> list[str]:

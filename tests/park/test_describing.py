@@ -45,6 +45,7 @@ def test_the_printed_line_starts_a_destination(private_dir: Path, version: str) 
         assert "  cpus       1 of qemu64-x86_64-cpu" in shown
         assert "  name       my vm" in shown
         assert "left out: -pidfile" in shown
+        assert f"working-directory: {Path.cwd()}" in shown
         assert f"LOOK AT -qmp {second}: has to be free" in shown
         assert "LOOK AT -drive" in shown
 
