@@ -14,6 +14,7 @@ from common.errors import HostError
 from common.store import importing, inspecting
 from common.store.directory import Parked
 from common.store.manifest import IMAGE
+from srcd import describing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,6 +33,8 @@ def run_errand(asked: Errand) -> int:
                 _verify(asked.directory)
             case "import":
                 _import(asked)
+            case "describe":
+                describing.describe(asked)
     except HostError as error:
         print(f"srcd: {error}", file=sys.stderr)
         return 1

@@ -7,6 +7,9 @@ import textwrap
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from common.errors import HostError
+from common.store import description
+from common.store.destination import destination
 from common.store.manifest import IMAGE, REGION
 
 if TYPE_CHECKING:
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 def facts(parked: Parked) -> dict[str, Any]:
     """As a JSON object; sizes in bytes, `data` are those that are no holes."""
     found = parked.manifest
+    known, fault = _known(parked)
     blocks = [
         {
             "name": block.name,
@@ -45,7 +49,32 @@ def facts(parked: Parked) -> dict[str, Any]:
         "devices": list(found.devices),
         "checksums": sum(-(-block.length // REGION) for block in found.blocks),
         "working-set": len(parked.working_set),
-        "description": parked.description,
+        "description": known,
+        "description-fault": fault,
+        "destination": _destination(parked, known),
+    }
+
+
+def _known(parked: Parked) -> tuple[dict[str, Any], str | None]:
+    """The description, or why there is none."""
+    try:
+        return dict(parked.description), None
+    except HostError as error:
+        return {}, str(error)
+
+
+def _destination(parked: Parked, known: dict[str, Any]) -> dict[str, Any] | None:
+    """What to start there, if the source's command line is known."""
+    words = description.command_of(known)
+    if not words:
+        return None
+    found = parked.manifest
+    made = destination(words, found.machine, running=found.run_state == "running")
+    return {
+        "words": made.words,
+        "lines": made.lines,
+        "changes": list(made.changes),
+        "look-at": list(made.look_at),
     }
 
 
@@ -77,7 +106,10 @@ def describe(known: dict[str, Any]) -> Iterator[str]:
         " the RAM"
     )
     yield f"working set  {_working_set(known['working-set'])}"
+    if known["description-fault"]:
+        yield f"described    no: {known['description-fault']}"
     yield from _description(known["description"])
+    yield from _start(known)
 
 
 def _state(known: dict[str, Any]) -> str:
@@ -121,14 +153,47 @@ def _working_set(pages: int) -> str:
 
 
 def _description(known: dict[str, Any]) -> Iterator[str]:
-    """What a destination needs; what has many lines is for --json."""
+    """What has many lines is for --json; the source's command line is, too."""
     for name, value in known.items():
+        if name == description.COMMAND and description.command_of(known):
+            continue
+        if name == "qemu" and isinstance(value, dict):
+            yield from _qemu(value)
+            continue
         text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
         lines = text.strip().splitlines()
         if len(lines) > 1:
             yield f"{name}: {len(lines)} lines, see --json"
         else:
-            yield f"{name}: {''.join(lines)}"
+            yield f"{name}: {_printable(''.join(lines))}"
+
+
+def _qemu(found: dict[str, Any]) -> Iterator[str]:
+    """What QEMU has said, a line for each thing and each in a list."""
+    for name, value in found.items():
+        for one in value if isinstance(value, list) else [value]:
+            yield f"  {name:10} {_printable(one)}"
+
+
+def _start(known: dict[str, Any]) -> Iterator[str]:
+    start = known["destination"]
+    if start is None:
+        yield "destination  its command line is not known; see srcd describe --help"
+        return
+    yield "destination  start it like this, then migrate-incoming:"
+    yield ""
+    indent = "    "
+    yield indent + f"\n{indent}    ".join(start["lines"])
+    yield ""
+    for sentence in start["changes"]:
+        yield f"  {_printable(sentence)}"
+    for sentence in start["look-at"]:
+        yield f"  LOOK AT {_printable(sentence)}"
+
+
+def _printable(text: object) -> str:
+    shown = str(text)
+    return shown if shown.isprintable() else ascii(shown)
 
 
 def _size(count: int) -> str:

@@ -45,10 +45,9 @@ CONFIGURATION: Final = "configuration"
 EARLY_STATE: Final = "early-state"
 DEVICE_STATE: Final = "device-state"
 VMDESC: Final = "vmdesc"
-DESCRIPTION: Final = "description.json"
 CHECKSUMS: Final = "checksums"
 NEEDED: Final = (CONFIGURATION, EARLY_STATE, DEVICE_STATE, CHECKSUMS)
-FILES: Final = (*NEEDED, VMDESC, DESCRIPTION)
+FILES: Final = (*NEEDED, VMDESC)
 # A file of QEMU's in which the blocks lie at offsets of their own.
 IMAGE: Final = "image"
 

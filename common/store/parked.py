@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from common.errors import HostError
-from common.store import checksum, files, manifest, receiving, working_set
+from common.store import (
+    checksum,
+    description,
+    files,
+    manifest,
+    receiving,
+    working_set,
+)
 from common.store.checksum import Extent, crc32c
 from common.store.locked import Directory, flock, open_block
 from common.store.manifest import Manifest, ManifestError
@@ -99,15 +105,8 @@ class Parked:
 
     @property
     def description(self) -> Mapping[str, Any]:
-        """What was known of the VM besides its stream; empty if nothing."""
-        text = self._state.get(manifest.DESCRIPTION, b"{}")
-        try:
-            found = json.loads(text)
-        except (ValueError, RecursionError):
-            found = None
-        if not isinstance(found, dict):
-            raise HostError(f"{self.path / manifest.DESCRIPTION} is not a JSON object")
-        return found
+        """What is known of the VM besides its stream; HostError if it is damaged."""
+        return description.load(self.path)
 
     def checksums(self) -> bytes:
         """Of all blocks' regions, block after block: u32 little-endian."""
@@ -116,10 +115,11 @@ class Parked:
     def verify(self) -> None:
         """Read all RAM; HostError with block and offset of the first fault.
 
-        Looks at the working set, too. Blocks for as long as that takes: run it
-        in a thread.
+        Looks at the working set and the description, too. Blocks for as long as
+        that takes: run it in a thread.
         """
         working_set.load(self.path, self.manifest.blocks)
+        description.load(self.path)
         at = 0
         for block, fd in zip(self.manifest.blocks, self._fds, strict=True):
             size = manifest.checksums_size(block.length)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import re
 from contextlib import suppress
@@ -13,7 +12,14 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import trio
 
 from common.errors import HostError, StreamError
-from common.store import checksum, files, manifest, receiving, upstream
+from common.store import (
+    checksum,
+    description,
+    files,
+    manifest,
+    receiving,
+    upstream,
+)
 from common.store.checksum import Extent, crc32c
 from common.store.locked import Directory, open_block
 from common.store.manifest import Block, Manifest
@@ -25,7 +31,6 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from types import TracebackType
 
-MAX_DESCRIPTION: Final = 32 << 20  # bytes
 _KEPT: Final = "kept-"
 _KEPT_NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,30}", re.ASCII)
 
@@ -44,12 +49,15 @@ class Parking:
         self.advised = False
         self.blocks: list[Block] = []
         self.fds: list[int] = []
-        self._description: bytes | None = None
         self._made = False  # the directory itself
+        self._found: set[str] = set()  # what is not ours in it
 
     @classmethod
     def create(cls, path: str | Path) -> Self:
-        """A new directory, or one that is empty; HostError for any other."""
+        """A new directory, or one that is empty; HostError for any other.
+
+        It may be described already.
+        """
         path = Path(path)
         made = False
         with files.named(path, "create"), suppress(FileExistsError):
@@ -59,12 +67,13 @@ class Parking:
         try:
             directory.lock(fcntl.LOCK_EX, "is in use by another process")
             _check_empty(path)
+            found = set(os.listdir(path))
             receiving.begin(path)
         except BaseException:
             directory.close()
             raise
         parking = cls(directory)
-        parking._made = made
+        parking._made, parking._found = made, found
         return parking
 
     @classmethod
@@ -110,7 +119,7 @@ class Parking:
         """Leave the place as it was before `create`; what came is lost."""
         self._close_blocks()  # without them there are descriptors left for this
         with files.named(self.path, "remove"):
-            for name in os.listdir(self.path):
+            for name in {*os.listdir(self.path)} - self._found:
                 os.unlink(self.path / name)
             if self._made:
                 os.rmdir(self.path)
@@ -130,11 +139,7 @@ class Parking:
 
     def set_description(self, content: Mapping[str, Any]) -> None:
         """What is known of the VM besides its stream, for people."""
-        text = json.dumps(content, indent=1).encode("ascii")
-        if len(text) > MAX_DESCRIPTION:
-            raise HostError(f"a description of {len(text)} bytes is too long")
-        files.write(self.path / manifest.DESCRIPTION, text)
-        self._description = text
+        description.update(self.path, content)
 
     def add_block(self, name: str, length: int, page_size: int) -> int:
         """The next RAM block of the stream: a file of zeroes to write to."""
@@ -217,8 +222,6 @@ class Parking:
         }
         if text is not None:
             state[manifest.VMDESC] = text
-        if self._description is not None:
-            state[manifest.DESCRIPTION] = self._description
         whole = Manifest(
             machine=machine_of(self.configuration),
             blocks=tuple(self.blocks),
@@ -273,7 +276,6 @@ class Parking:
                 self.blocks.append(fact)
         self.configuration = self._recalled(manifest.CONFIGURATION)
         self.early = self._recalled(manifest.EARLY_STATE)
-        self._description = self._recalled(manifest.DESCRIPTION) or None
 
     def _recalled(self, name: str) -> bytes:
         path = self.path / name
@@ -295,7 +297,7 @@ def _check_empty(path: Path) -> None:
             " or remove the directory"
         )
     with files.named(path, "read"):
-        names = sorted(os.listdir(path))
+        names = sorted({*os.listdir(path)} - {description.NAME})
     if names:
         raise HostError(
             f"{path} is not empty: it holds {names[0]}; name a new directory"

@@ -25,6 +25,7 @@ STATE: Final = section.encode_section(
 )
 TEXT: Final = vmdesc.describe([vmdesc.device_state("thing", 1, 300)])
 ORIGIN: Final = "a test"
+DESCRIPTION: Final = {"command-line": ["qemu-system-x86_64", "-M", "pc"]}
 
 
 def fill(fd: int, length: int, seed: int = 1) -> None:
@@ -43,7 +44,7 @@ def begin(path: Path) -> Parking:
         if name != "empty":
             fill(fd, length)
     parking.set_early(b"early")
-    parking.set_description({"command-line": "qemu-system-x86_64 -M pc"})
+    parking.set_description(DESCRIPTION)
     return parking
 
 
