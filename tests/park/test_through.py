@@ -79,7 +79,6 @@ def assert_half_to_come(shop: Workshop, source: Any) -> None:
     found = source.query()
     assert found["status"] == "postcopy-active"
     count, pages = here(shop.parked)
-    print("here", count, "of", pages, "remaining", found["ram"]["remaining"])
     assert found["ram"]["remaining"] > pages * 4096 // 2
     assert count < pages // 2
 
@@ -227,3 +226,24 @@ def test_runs_once(private_dir: Path) -> None:
         far.wait_continued(before)
         with pytest.raises(RuntimeError, match="runs elsewhere"):
             shop.server().__enter__()
+
+
+def test_copies_while_it_arrives(private_dir: Path) -> None:
+    """One server moves the guest, another one copies it, at the same time."""
+    with Workshop(private_dir, disk=False) as shop:
+        with arriving(shop, "preempt") as (source, dstd, before):
+            copy = shop.clone("postcopy-ram")
+            far = shop.waiting("postcopy-ram")
+            with shop.server("--clone") as copier, shop.server() as srcd:
+                copier.migrate(copy.listen())
+                srcd.migrate(far.listen())
+                goes_on(far, before)
+                copy.wait_console(lambda said: len(said.counts) > 1)
+                assert_half_to_come(shop, source)
+                source.set_parameters(max_postcopy_bandwidth=FAST)
+                both_complete(source, dstd)
+                both_complete(srcd, far)
+                both_complete(copier, copy)
+        end(source)
+        copy.wait_console(lambda said: len(said.cycles) >= 2)
+        far.wait_console(lambda said: len(said.cycles) >= len(before.cycles) + 2)
