@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from support.daemons import Source
-from support.linux_guest import Console, LinuxGuest
+from support.linux_guest import LinuxGuest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -243,12 +243,11 @@ def feed(file: Path, there: tuple[str, int], rate: int) -> None:
 
 # A line that the move has cut does not look like this, but for its end.
 LINE: Final = re.compile(rb"^c \d+\r?$", re.MULTILINE)
-CHECKED: Final = re.compile(rb"^h \d+ ok\r?$", re.MULTILINE)
+# The first look has begun before the move, so a whole one is told by the second.
+CHECKED: Final = re.compile(rb"^h \d+ ok\r?$.*^h \d+ ok\r?$", re.M | re.S)
 
 
-def watch(
-    guest: LinuxGuest, begun: float, until: Until, srcd: Source | None
-) -> Times:
+def watch(guest: LinuxGuest, begun: float, until: Until, srcd: Source | None) -> Times:
     says = wait_for(guest, LINE, begun)
     if until is Until.SAYS:
         return Times(first_line=says)
