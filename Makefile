@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .PHONY: help setup build demo demo-park test lint format types unit native conformance \
-	integration park test-hosts fuzz soak bench clean install uninstall
+	integration park test-hosts fuzz soak bench bench-park clean install uninstall
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 20
@@ -60,6 +60,10 @@ soak: ## many migrations in a row
 bench: ## measure against QEMU and the kernel; BENCH="--runs 1 --only preempt"
 	@.ci/setup bench
 	@PYTHONPATH=tests .venv/bin/python bench/run.py $(BENCH)
+
+bench-park: ## how soon a parked VM runs again; BENCH="--runs 1 --only 256MiB"
+	@.ci/setup bench
+	@PYTHONPATH=tests .venv/bin/python bench/park.py $(BENCH)
 
 install: ## daemons, units, documents; DESTDIR= PREFIX=/usr/lib/postcopyd
 	@DESTDIR="$(DESTDIR)" PREFIX="$(PREFIX)" systemd/install

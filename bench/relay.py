@@ -77,6 +77,7 @@ LINKS: Final = {
     for link in (
         Link(name="delay", delay=0.0005, chunk=256 << 10, buffer=4 * MIB),
         Link(name="slow", delay=0.001, rate=12.5e6, chunk=16 << 10, buffer=64 * MIB),
+        Link(name="deep", delay=0, rate=12.5e6, chunk=16 << 10, buffer=64 * MIB),
     )
 }
 

@@ -69,6 +69,8 @@ log = logging.getLogger(__name__)
 
 # A source with preempt connects it before it sends the package.
 PREEMPT_SECONDS: Final = 10.0
+# Connections besides main and preempt that are held, of a source that is refused.
+STRANGERS_MAX: Final = 16
 # After the source's EOF, how long the last pages may take without any arriving.
 LAST_PAGES_SECONDS: Final = 30.0
 # When faults could not be answered, until it is tried again.
@@ -96,6 +98,7 @@ class Connection:
             self.loader.begin(known.section_id)
         self.preempt: Channel | None = None
         self.preempt_came = trio.Event()
+        self.strangers: list[Channel] = []
         self.stack = ExitStack()
         """What ends with the connection."""
 
@@ -109,9 +112,9 @@ class Connection:
         """No loop runs on them any more."""
         self.stack.close()
         self.loader.close()
-        if self.preempt:
-            self.preempt.close()
-        self.main.close()
+        for channel in (*self.strangers, self.preempt, self.main):
+            if channel:
+                channel.close()
 
 
 class IncomingMigration:
@@ -346,6 +349,10 @@ class IncomingMigration:
             if self._preempt_expected and link.preempt is None:
                 link.preempt = channel
                 link.preempt_came.set()
+            elif self._parking and len(link.strangers) < STRANGERS_MAX:
+                # A QEMU with multifd may wait for ever if one ends too soon for
+                # it, and would not hear why it is refused.
+                link.strangers.append(channel)
             else:
                 log.warning("closing a connection that nobody expects")
                 channel.close()

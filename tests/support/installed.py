@@ -12,9 +12,11 @@ the modes that the rules would give them.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,6 +52,15 @@ def run_make(
         "WHEELS": str(WHEELS),
     }
     variables = [f"DESTDIR={destination}", f"PREFIX={prefix}"]
+    # It builds in the checkout: one at a time.
+    with (Path(tempfile.gettempdir()) / "postcopyd-install.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _run(target, variables, environment)
+
+
+def _run(
+    target: str, variables: list[str], environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["make", "--no-print-directory", target, *variables],
         cwd=ROOT,

@@ -112,7 +112,8 @@ class LinuxGuest(QemuProcess):
 
     `name` is that of its files in `directory`; `disk` the image of its disk,
     made if it is not there. `earlier` is where the guest has run before, so
-    that its console goes on.
+    that its console goes on. `ballast` are bytes of its `memory` that it fills
+    with data and never looks at again.
     """
 
     def __init__(
@@ -123,12 +124,16 @@ class LinuxGuest(QemuProcess):
         machine: str = "pc",
         version: str = "10",
         disk: Path | None = None,
+        memory: int = MEMORY,
+        ballast: int = 0,
         incoming: bool = False,
         earlier: LinuxGuest | None = None,
         arguments: Sequence[str] = (),
     ) -> None:
         super().__init__(version=version, incoming=incoming, arguments=arguments)
         self.machine = machine
+        self._memory = memory
+        self._ballast = ballast
         self.serial = directory / f"{name}.serial"
         self.consoles = [*(earlier.consoles if earlier else []), self.serial]
         self._disk = disk
@@ -136,7 +141,7 @@ class LinuxGuest(QemuProcess):
             disk.write_bytes(bytes(DISK_SIZE))
 
     def _machine_arguments(self) -> list[str]:
-        arguments = ["-M", self.machine, "-accel", "tcg", "-m", f"{MEMORY}B"]
+        arguments = ["-M", self.machine, "-accel", "tcg", "-m", f"{self._memory}B"]
         arguments += ["-serial", f"file:{self.serial}"]
         arguments += ["-netdev", "user,id=net,restrict=on"]
         arguments += ["-device", "virtio-net-pci,netdev=net,romfile="]
@@ -146,8 +151,12 @@ class LinuxGuest(QemuProcess):
         if not self._incoming:
             arguments += ["-kernel", str(FOLDER / "vmlinuz")]
             arguments += ["-initrd", str(FOLDER / "initramfs")]
-            arguments += ["-append", " ".join(_KERNEL_WORDS)]
+            arguments += ["-append", " ".join(self._kernel_words())]
         return arguments
+
+    def _kernel_words(self) -> tuple[str, ...]:
+        ballast = (f"ballast={self._ballast >> 20}",) if self._ballast else ()
+        return (*_KERNEL_WORDS, *ballast)
 
     # -- what the guest says --------------------------------------------------
 

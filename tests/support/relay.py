@@ -51,8 +51,10 @@ class Link:
                 try:
                     taker.sendall(data)
                 except OSError:
-                    # Who sends more gets a reset, as from the taker itself.
-                    giver.shutdown(socket.SHUT_RDWR)
+                    # Who sends more gets a reset, as from the taker itself;
+                    # unless it is to learn nothing of its end.
+                    if not self._broken:
+                        giver.shutdown(socket.SHUT_RDWR)
         # The end of one direction is the end of that direction alone.
         if not self._broken:
             with contextlib.suppress(OSError):

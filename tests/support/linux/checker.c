@@ -6,6 +6,7 @@
  *                          or "h CYCLE wrong COUNT first PAGE"
  *   checker disk DEVICE    "d N ok" after every sector, or "d N wrong SECTOR"
  *   checker log            "k TEXT" for every complaint of the kernel
+ *   checker fill MIB       ends when so much memory is full of data, and stays so
  *
  * Every line is one write, so that lines of several processes don't mix.
  */
@@ -206,6 +207,20 @@ static void read_log(void)
     }
 }
 
+/* Memory that is there to be moved: a child has it and never looks at it. */
+static void fill(size_t mib)
+{
+    size_t pages = mib * (MIB / PAGE);
+    uint64_t *memory = map(pages);
+
+    for (size_t page = 0; page < pages; page++)
+        write_page(memory + page * WORDS, page * WORDS, 2);
+    if (fork() == 0)
+        for (;;)
+            pause();
+    exit(0);
+}
+
 int main(int count_of_words, char **words)
 {
     const char *task = count_of_words > 1 ? words[1] : "";
@@ -214,6 +229,8 @@ int main(int count_of_words, char **words)
         count();
     if (strcmp(task, "disk") == 0 && count_of_words > 2)
         check_disk(words[2]);
+    if (strcmp(task, "fill") == 0 && count_of_words > 2)
+        fill(strtoul(words[2], NULL, 10));
     if (strcmp(task, "log") == 0)
         read_log();
     if (strcmp(task, "memory") == 0) {
