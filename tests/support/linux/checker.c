@@ -6,7 +6,7 @@
  *                          or "h CYCLE wrong COUNT first PAGE"
  *   checker disk DEVICE    "d N ok" after every sector, or "d N wrong SECTOR"
  *   checker log            "k TEXT" for every complaint of the kernel
- *   checker fill MIB       ends when so much memory is full of data, and stays so
+ *   checker fill MIB       ends when so much memory is full, and stays so
  *
  * Every line is one write, so that lines of several processes don't mix.
  */
