@@ -102,7 +102,8 @@ def assert_urgent_pages(src: Source, dst: Destination, *, preempt: bool) -> None
         assert ours["background-waits"] <= 1
     info = dst.query()
     faulted = sum(info["postcopy-latency-dist"])
-    assert 0 < faulted <= theirs["requests"]
+    # Two vCPUs may wait for one page.
+    assert 0 < faulted <= theirs["requests"] + theirs["faults-on-pages-asked-for"]
     assert info["postcopy-latency"] > 0
     assert max(info["postcopy-vcpu-latency"]) > 0
     # Each part of a fault was measured, and the stream was bounded by answers.
