@@ -51,11 +51,11 @@ park: ## a Linux guest in QEMU is parked and served again
 test-hosts: ## two hosts with systemd, and networks that break (root)
 	@.ci/stages hosts
 
-fuzz: ## malformed input; SECONDS=10 for each target
+fuzz: ## malformed input; SECONDS=6 for each target
 	@SECONDS=$(SECONDS) .ci/stages fuzz
 
-soak: ## many migrations in a row
-	@.ci/stages soak
+soak: ## many migrations in a row; SEEDS=20 of each kind
+	@SEEDS=$(SEEDS) .ci/stages soak
 
 bench: ## measure against QEMU and the kernel; BENCH="--runs 1 --only preempt"
 	@.ci/setup bench

@@ -5,6 +5,7 @@ A failure names the seed's number, which is all it takes to do it again.
 
 from __future__ import annotations
 
+import os
 import random
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 pytestmark = [pytest.mark.soak, pytest.mark.kvm, pytest.mark.userfaultfd]
+
+# Of each kind of guest; `make soak SEEDS=50` for more.
+SEEDS = int(os.environ.get("SEEDS") or 20)
+FEW_SEEDS = max(1, SEEDS // 4)
 
 MIB = 1 << 20
 # Where the switch may fall: from before the first page to the second pass.
@@ -58,18 +63,18 @@ def migrate_once(directory: Path, seed: int, *arguments: str, preempt: bool) -> 
             assert ours["urgent-pages"] > 0
 
 
-@pytest.mark.parametrize("seed", range(50))
+@pytest.mark.parametrize("seed", range(SEEDS))
 def test_256_mib(private_dir: Path, seed: int) -> None:
     migrate_once(private_dir, seed, "256M", preempt=bool(seed % 2))
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(FEW_SEEDS))
 def test_4_vcpus(private_dir: Path, seed: int) -> None:
     migrate_once(private_dir, seed, "256M", "--vcpus", "4", preempt=bool(seed % 2))
 
 
 @pytest.mark.hugepages
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(FEW_SEEDS))
 def test_huge_pages(
     private_dir: Path, reserve_hugepages: Callable[[int], None], seed: int
 ) -> None:
