@@ -34,7 +34,9 @@ def words_untrusted(text: bytes) -> list[str]:
     if b"\0" in text:
         words = text.removesuffix(b"\0").decode(errors="surrogateescape").split("\0")
     else:
-        words = _split(text.decode(errors="surrogateescape").strip())
+        line = text.decode(errors="surrogateescape")
+        # A space at the end may be a word of its own, behind a backslash.
+        words = _split(line.lstrip().rstrip("\r\n"))
     if not words or not words[0]:
         raise ShellError("the command line is empty")
     if words[0].startswith("-"):

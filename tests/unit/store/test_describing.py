@@ -124,8 +124,14 @@ def test_lines_are_read_as_a_shell_does(text: str):
         with pytest.raises(shell.ShellError):
             shell.words_untrusted(f"qemu {text}".encode())
         return
-    if not text.endswith(("\\ ", "\\\t")):
-        assert shell.words_untrusted(f"qemu {text}".encode()) == expected
+    assert shell.words_untrusted(f"qemu {text}".encode()) == expected
+
+
+@pytest.mark.parametrize("text", ["\\ ", "\\  ", "\\\t", "a \\ \n", "\\\\ "])
+def test_a_space_at_the_end(text: str):
+    """Behind a backslash it is a word."""
+    expected = shlex.split(f"qemu {text}")
+    assert shell.words_untrusted(f"qemu {text}".encode()) == expected
 
 
 @pytest.mark.parametrize("word", ["ü'\n\x1b[2J\\x", "\udcff7", "a b", "", "\x01" + "7"])
