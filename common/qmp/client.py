@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 from common.qmp import message
 from common.qmp.lexer import Lexer, LexError
@@ -185,7 +185,10 @@ class QmpClient:
         for text in self._lexer.feed(data):
             if isinstance(text, LexError):
                 raise ValueError(f"the server sent what is not JSON: {text.desc}")
-            self._messages.append(cast("Message", message.decode(text)))
+            value = message.decode(text)
+            if not isinstance(value, Mapping):
+                raise ValueError("the server sent what is no message of QMP")
+            self._messages.append(value)
 
     def _deadline(self, timeout: float | None) -> float:
         return time.monotonic() + (self._timeout if timeout is None else timeout)
@@ -212,5 +215,5 @@ def _has(event: Message, data: Mapping[str, Json]) -> bool:
 def _result(reply: Message) -> Json:
     error = reply.get("error")
     if isinstance(error, Mapping):
-        raise CommandFailed(str(error["class"]), str(error["desc"]))
+        raise CommandFailed(str(error.get("class")), str(error.get("desc")))
     return reply["return"]

@@ -155,3 +155,16 @@ def test_a_late_reply_is_not_taken_for_the_next_one(tmp_path):
         client._last_id = 2  # as after a command that timed out
         assert client.execute("query-status") == "mine"
         assert len(client.events()) == 2
+
+
+@pytest.mark.parametrize("text", [b"[]", b"1", b'"QMP"', b"null"])
+def test_json_that_is_no_message(tmp_path, text):
+    """Whether it comes as the greeting, or where an answer belongs."""
+    for number, before in enumerate((b"", GREETING)):
+        path = tmp_path / str(number)
+        with (
+            scripted(path, before, text + b"\r\n"),
+            pytest.raises(ValueError, match="no message of QMP"),
+            QmpClient(path, timeout=20),
+        ):
+            pass
