@@ -600,7 +600,9 @@ def test_source_killed_in_precopy(
         kill(src)
         assert dst.wait_status("failed", "completed") == "failed"
         end_guests_left()
-        assert "closed" in dst.query()["error-desc"]
+        said = dst.query()["error-desc"]
+        # A reset, if it had not read all that was said to it.
+        assert "closed" in said or "reset" in said
         assert dst.execute("query-status") == {"status": "inmigrate", "running": False}
 
 
