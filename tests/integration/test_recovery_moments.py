@@ -13,11 +13,12 @@ from common import address
 from common.errors import HostError
 from common.guest.base import GuestState
 from common.status import MigrationStatus as M
-from dstd import incoming
 from dstd.report import migration_info
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from dstd.peer import Peer
 
 MIB = 1 << 20
 PATIENCE = 30.0
@@ -137,13 +138,14 @@ async def test_nothing_is_owed_any_more(capabilities: tuple[str, ...]) -> None:
 async def test_the_last_word_was_lost(capabilities: tuple[str, ...]) -> None:
     """The destination has completed and tells a source that comes back."""
     with pair(4 * MIB, *capabilities) as both:
-        complete = both.incoming._complete
+        arrival = both.incoming.arrival
+        complete = arrival.complete
 
-        async def lose_it(link: incoming.Connection) -> None:
-            link.break_connection()
-            await complete(link)
+        async def lose_it(peer: Peer) -> None:
+            both.incoming.pause()
+            await complete(peer)
 
-        both.incoming._complete = lose_it  # type: ignore[method-assign]
+        arrival.complete = lose_it  # type: ignore[method-assign]
         async with postcopy(both) as (source, destination):
             await source.wait(M.POSTCOPY_PAUSED)
             await destination.wait(M.COMPLETED)
@@ -184,7 +186,7 @@ async def test_order_to_listen_replaces_the_one_before() -> None:
 
 async def test_faults_are_answered_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the kernel refuses once does not leave the guest without answers."""
-    monkeypatch.setattr(incoming, "FAULTS_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr("dstd.postcopy.FAULTS_AGAIN_SECONDS", 0.01)
     with pair(4 * MIB, "postcopy-ram") as both:
         answered = trio.Event()
         errors: list[str] = []
