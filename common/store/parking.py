@@ -29,7 +29,6 @@ from common.stream import fields, section, vmdesc
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from contextlib import AbstractContextManager
-    from types import TracebackType
 
 _KEPT: Final = "kept-"
 _KEPT_NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,30}", re.ASCII)
@@ -98,12 +97,7 @@ class Parking:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
