@@ -318,5 +318,5 @@ async def _let_go(peer: Peer, parking: Parking | None) -> None:
         await peer.let_go()
     except ChannelLost:
         if parking:
-            parking.keep(False)
+            parking.keep(yes=False)
         raise

@@ -50,7 +50,7 @@ class Parking:
             return None
         return cls(guest, devices, trouble)
 
-    def keep(self, yes: bool = True) -> None:
+    def keep(self, *, yes: bool = True) -> None:
         """Nobody else may have the VM any more: what is here of it is not removed."""
         self.guest.irreplaceable = yes
 

@@ -184,9 +184,7 @@ class Reception:
             await self._ending()
             return True
         elif arrival.postcopy.now is P.RUNNING:
-            raise StreamError(
-                "unexpected section type", got=int(c.QEMU_VM_SECTION_FULL)
-            )
+            raise StreamError("unexpected section type", got=c.QEMU_VM_SECTION_FULL)
         else:
             await link.main.decode(arrival.devices.full_untrusted)
         return False

@@ -79,16 +79,16 @@ async def both_wait(statuses: tuple[Status, Status], wanted: M, times: int = 1) 
         await status.wait(wanted, times)
 
 
-def first_time(both: Pair, do: Callable[[], Awaitable[None]], name: str) -> None:
-    """Do something in front of a step of the source, once."""
-    step = getattr(both.outgoing, name)
+def first_time(part: object, do: Callable[[], Awaitable[None]], name: str) -> None:
+    """Do something in front of a step of a part of the source, once."""
+    step = getattr(part, name)
 
     async def instead() -> None:
-        setattr(both.outgoing, name, step)
+        setattr(part, name, step)
         await do()
         await step()
 
-    setattr(both.outgoing, name, instead)
+    setattr(part, name, instead)
 
 
 @both_ways
@@ -97,9 +97,9 @@ async def test_resume_is_as_good_as_commit(capabilities: tuple[str, ...]) -> Non
     with pair(4 * MIB, *capabilities) as both:
 
         async def lose_it() -> None:
-            both.outgoing._main.break_connection()
+            both.outgoing.channels.main.break_connection()
 
-        first_time(both, lose_it, "_commit")
+        first_time(both.outgoing.switchover, lose_it, "_commit")
         async with postcopy(both) as statuses:
             await both_wait(statuses, M.POSTCOPY_PAUSED)
             assert both.target.state is not GuestState.RUNNING
@@ -120,9 +120,9 @@ async def test_nothing_is_owed_any_more(capabilities: tuple[str, ...]) -> None:
 
         async def lose_it() -> None:
             await both.incoming.memory.complete()
-            both.outgoing._main.break_connection()
+            both.outgoing.channels.main.break_connection()
 
-        first_time(both, lose_it, "_end_postcopy")
+        first_time(both.outgoing.postcopy, lose_it, "_end")
         async with postcopy(both) as statuses:
             await both_wait(statuses, M.POSTCOPY_PAUSED)
             sent = both.outgoing.pump.stats.background_pages
@@ -160,9 +160,9 @@ async def test_order_to_listen_replaces_the_one_before() -> None:
     with pair(4 * MIB, "postcopy-ram") as both:
 
         async def lose_it() -> None:
-            both.outgoing._main.break_connection()
+            both.outgoing.channels.main.break_connection()
 
-        first_time(both, lose_it, "_end_postcopy")
+        first_time(both.outgoing.postcopy, lose_it, "_end")
         path = both.source_file.with_name("socket")
         async with postcopy(both) as statuses:
             await both_wait(statuses, M.POSTCOPY_PAUSED)
@@ -201,7 +201,7 @@ async def test_faults_are_answered_again(monkeypatch: pytest.MonkeyPatch) -> Non
             await trio.sleep_forever()
 
         both.incoming.memory.faults = refused  # type: ignore[method-assign]
-        first_time(both, answered.wait, "_end_postcopy")
+        first_time(both.outgoing.postcopy, answered.wait, "_end")
         async with postcopy(both) as statuses:
             await both_wait(statuses, M.COMPLETED)
         assert M.POSTCOPY_PAUSED not in statuses[1].seen
