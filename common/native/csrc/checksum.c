@@ -231,22 +231,29 @@ static uint32_t checksum_of_zeroes(uint64_t length)
     return crc;
 }
 
-static struct result checksum_region(struct reading *r, uint64_t region,
-                                     uint32_t *value)
+static struct result checksum_read(struct reading *r, uint64_t region,
+                                   uint32_t *value)
 {
-    uint64_t offset = region << CHECKSUM_REGION_BITS;
     uint64_t length = region_length(r->extent->length, region);
-    struct result result = result_ok();
+    struct result result =
+        read_region(r, region << CHECKSUM_REGION_BITS, length);
 
-    if (is_hole(r, offset, length)) {
-        *value = checksum_of_zeroes(length);
-        return result;
-    }
-    result = read_region(r, offset, length);
     if (RESULT_IS_OK(result)) {
         *value = crc32c(0, r->buffer, length);
     }
     return result;
+}
+
+static struct result checksum_region(struct reading *r, uint64_t region,
+                                     uint32_t *value)
+{
+    uint64_t length = region_length(r->extent->length, region);
+
+    if (is_hole(r, region << CHECKSUM_REGION_BITS, length)) {
+        *value = checksum_of_zeroes(length);
+        return result_ok();
+    }
+    return checksum_read(r, region, value);
 }
 
 static struct result differs(uint64_t region, uint32_t got)
@@ -324,11 +331,15 @@ void checksums_close(struct checksums *c)
     bitmap_close(&c->verified);
 }
 
+/*
+ * Read, hole or not: where data ends a file system finds by a walk over all of
+ * it, which is milliseconds for a GiB and pays for many regions only.
+ */
 static struct result verify_once(struct checksums *c, struct reading *reading,
                                  uint64_t region)
 {
     uint32_t value = 0;
-    struct result r = checksum_region(reading, region, &value);
+    struct result r = checksum_read(reading, region, &value);
 
     if (RESULT_IS_OK(r) && value != c->values[region]) {
         return differs(region, value);
