@@ -28,6 +28,7 @@ FILES: Final = (*schema.FILES, "config.json")
 DEFAULT_MACHINE = "postcopyd-1"
 PARKED_MACHINE = "none"  # QEMU's machine without CPUs and devices
 PEER_TIMEOUT_MAX: Final = 3600  # seconds
+LEARN_MAX: Final = 3600  # seconds
 # What `FileDescriptorName=` calls the control sockets in our .socket units.
 CONTROL_SOCKET: Final = "control"
 
@@ -41,7 +42,8 @@ class GuestConfig:
     """Which guest: one of `ram`, `socket`, `park`, `parked` and the built-in one
     (none of them). `park` is the directory to put it into; the destination's only.
     `parked`, the source's, is the one to serve it from: as a `clone` any number of
-    times, `lazy` while it runs already, and remembering its `working_set`.
+    times, `lazy` while it runs already, and remembering its `working_set`, of
+    which it is to `learn` for so many seconds.
 
     `memory` in bytes. `kernel` is the program of the built-in guest.
     """
@@ -63,6 +65,7 @@ class GuestConfig:
     clone: bool = False
     lazy: bool = False
     working_set: bool = True
+    learn: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -347,7 +350,19 @@ def guest_config(
         clone=getattr(found, "clone", False),
         lazy=parked is not None and found.restore == "lazy",
         working_set=not getattr(found, "no_working_set", False),
+        learn=_learn(parser, found),
     )
+
+
+def _learn(parser: argparse.ArgumentParser, found: argparse.Namespace) -> int:
+    seconds: int = getattr(found, "learn", 0)
+    if not 0 <= seconds <= LEARN_MAX:
+        parser.error(f"--learn must be 0 to {LEARN_MAX} seconds")
+    if seconds and (found.parked is None or found.restore != "lazy"):
+        parser.error("--learn goes with --parked and --restore lazy")
+    if seconds and found.no_working_set:
+        parser.error("--learn remembers what --no-working-set forbids; leave one out")
+    return seconds
 
 
 def tuning_config(parser: argparse.ArgumentParser, found: argparse.Namespace) -> Tuning:

@@ -37,8 +37,10 @@ class Serving:
         self.preempt: bool | None = None
         self._guest = guest
         self._pump = pump
-        self._first = guest.parked.working_set if guest.learns else ()
+        known = guest.learns and not guest.learn_seconds
+        self._first = guest.parked.working_set if known else ()
         self._mark: Mark | None = self.gone
+        pump.send_only_asked(guest.learn_seconds)
         parked = guest.parked
         if isinstance(parked, Arriving):
             pump.serve_stored(None, ())

@@ -102,6 +102,10 @@ class Pump:
             raise
         lib.source_await(self._native, self._arriving)
 
+    def send_only_asked(self, seconds: int) -> None:
+        """In postcopy, for so long from its beginning; before any loop runs."""
+        self._native.only_asked_ns = seconds * 1_000_000_000
+
     @property
     def arrives(self) -> bool:
         """Whether pages are still to come; once all have, it stays so."""

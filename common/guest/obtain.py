@@ -38,6 +38,7 @@ async def obtain(
             clone=config.clone,
             lazy=config.lazy,
             learns=config.working_set,
+            learn_seconds=config.learn,
             beside=control,
         )
     if config.ram:

@@ -80,7 +80,8 @@ class StoredGuest:
     Not as a `clone` it runs once: it is refused when it runs elsewhere already,
     unless it still needs memory from here.
     `lazy`: it is to run before its RAM is there. `learns`: what it asks for first
-    is remembered for the next time. `beside`: where a clone's files that
+    is remembered for the next time, all of it that comes in `learn_seconds`.
+    `beside`: where a clone's files that
     are to outlive the daemon begin; many may be served from one directory.
     """
 
@@ -100,6 +101,7 @@ class StoredGuest:
         clone: bool,
         lazy: bool,
         learns: bool = True,
+        learn_seconds: int = 0,
         beside: str,
     ) -> None:
         _allow_descriptors()
@@ -118,6 +120,7 @@ class StoredGuest:
         self.clone = clone
         self.lazy = lazy
         self.learns = learns
+        self.learn_seconds = learn_seconds
         self.blocks: Sequence[RamBlock] = self._opened()
         was = self.parked.manifest.run_state
         log.info("a parked VM that was %s, machine %s", was, self.machine)

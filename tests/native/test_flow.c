@@ -139,6 +139,31 @@ static void test_long_line(void)
     flow_close(&l.flow);
 }
 
+/* What a page takes is known, and what the way takes is no part of it. */
+static uint64_t page_ns_over(uint64_t way_ns, uint64_t bytes_per_ms)
+{
+    struct path l;
+    uint64_t ns;
+
+    path_open(&l, way_ns, bytes_per_ms);
+    NEED(flow_link_ns(&l.flow, PIECE) == 0);
+    run(&l, SECOND + 100 * MS);
+    ns = flow_link_ns(&l.flow, PIECE);
+    flow_restart(&l.flow);
+    NEED(flow_link_ns(&l.flow, PIECE) == 0);
+    flow_close(&l.flow);
+    return ns;
+}
+
+static void test_time_of_a_page(void)
+{
+    uint64_t slow = page_ns_over(100 * US, 12500);
+    uint64_t fast = page_ns_over(100 * US, 2000 * 1000);
+
+    CHECK(slow > 200 * US && slow < 330 * US);
+    CHECK(fast < 5 * US);
+}
+
 /* Another way that is ten times as long: its time is the new base. */
 static void test_base_is_measured_again(void)
 {
@@ -258,6 +283,7 @@ int main(void)
     RUN(test_slow_line);
     RUN(test_fast_line);
     RUN(test_long_line);
+    RUN(test_time_of_a_page);
     RUN(test_base_is_measured_again);
     RUN(test_base_that_never_was);
     RUN(test_idle_sender_does_not_grow);

@@ -690,6 +690,78 @@ static void test_scan_follows_request(void)
     fixture_close(&f);
 }
 
+/* What is not asked for waits for its time, although nothing limits it. */
+static void test_only_asked(void)
+{
+    struct fixture f;
+    struct job pump;
+    struct job server;
+
+    fixture_open(&f, SMALL, false);
+    dirty_all(&f);
+    source_owe_dirty(&f.source);
+    f.source.only_asked_ns = UINT64_MAX / 2;
+    start_readers(&f, true);
+    job_start(&server, run_rpath, &f.source);
+    job_start(&pump, run_postcopy, &f.source);
+    for (uint64_t p = 0; p < 300; p++) {
+        request(&f, 1, p);
+    }
+    wait_for_records(&f.walkers[0], 300);
+    set_event(f.main.stop_fd);
+    CHECK_EQ(job_wait(&pump).kind, RESULT_STOPPED);
+    CHECK_EQ(job_wait(&server).kind, RESULT_STOPPED);
+    CHECK_EQ(f.source.stats.background_pages, 0);
+    CHECK_EQ(f.source.stats.urgent_pages, 300);
+    CHECK(finish_readers(&f));
+    fixture_close(&f);
+}
+
+static void test_only_asked_ends(void)
+{
+    struct fixture f;
+    struct expectation e;
+
+    fixture_open(&f, SMALL, false);
+    dirty_all(&f);
+    source_owe_dirty(&f.source);
+    e = expect(&f, true);
+    f.source.only_asked_ns = 1000000;
+    start_readers(&f, true);
+    CHECK(RESULT_IS_OK(pump_postcopy(&f.source)));
+    CHECK(finish_readers(&f));
+    CHECK(came_exactly_once(&f, &e));
+    fixture_close(&f);
+}
+
+/* Over a link on which a page takes 8 ms, a request was served just now. */
+static uint64_t pauses_after_request(uint64_t served_ns)
+{
+    struct fixture f;
+    struct expectation e;
+    uint64_t pauses;
+
+    fixture_open(&f, SMALL, false);
+    dirty_all(&f);
+    source_owe_dirty(&f.source);
+    e = expect(&f, true);
+    f.source.flow.mib_ns = UINT64_C(2000000000);
+    f.source.served_ns = served_ns;
+    start_readers(&f, true);
+    NEED(RESULT_IS_OK(pump_postcopy(&f.source)));
+    NEED(finish_readers(&f));
+    NEED(came_exactly_once(&f, &e));
+    pauses = f.source.stats.background_pauses;
+    fixture_close(&f);
+    return pauses;
+}
+
+static void test_link_is_left_to_requests(void)
+{
+    CHECK_EQ(pauses_after_request(0), 0);
+    CHECK(pauses_after_request(clock_ns()) > 0);
+}
+
 static void test_preempt_closed_early(void)
 {
     struct fixture f;
@@ -781,6 +853,9 @@ int main(void)
     RUN(test_postcopy_huge_on_preempt);
     RUN(test_urgent_beside_limit);
     RUN(test_scan_follows_request);
+    RUN(test_only_asked);
+    RUN(test_only_asked_ends);
+    RUN(test_link_is_left_to_requests);
     RUN(test_preempt_closed_early);
     RUN(test_postcopy_stopped);
     RUN(test_second_epoch);

@@ -32,6 +32,7 @@ void flow_restart(struct flow *f)
     f->window = first_window(f);
     f->taken = f->sent;
     f->base_ns = 0;
+    f->mib_ns = 0;
     memset(f->probes_ns, 0, sizeof(f->probes_ns));
     f->probe_at_ns = 0;
     /* Answers to the marks of the old connection are none to new ones. */
@@ -53,7 +54,12 @@ static uint32_t marks_on_their_way(const struct flow *f)
 
 static uint32_t put_mark_locked(struct flow *f, uint64_t now_ns, bool alone)
 {
-    *mark(f, f->next) = (struct flow_mark){ f->sent, now_ns, alone };
+    *mark(f, f->next) = (struct flow_mark){
+        .sent = f->sent,
+        .ahead = f->sent - f->taken,
+        .at_ns = now_ns,
+        .alone = alone,
+    };
     return f->next++;
 }
 
@@ -199,6 +205,22 @@ static void follow_locked(struct flow *f, uint64_t took_ns, uint64_t now_ns)
     }
 }
 
+/* A thread that was late makes a link look slow; so that is believed slowly. */
+static void follow_link_locked(struct flow *f, uint64_t ahead, uint64_t took_ns)
+{
+    uint64_t queued = took_ns > f->base_ns ? took_ns - f->base_ns : 0;
+    uint64_t mib_ns;
+
+    if (!ahead) {
+        return;
+    }
+    mib_ns = (uint64_t)(((unsigned __int128)queued << 20) / ahead);
+    if (f->mib_ns && mib_ns > f->mib_ns) {
+        mib_ns = f->mib_ns + (mib_ns - f->mib_ns) / FLOW_RECENT;
+    }
+    f->mib_ns = mib_ns ? mib_ns : 1;
+}
+
 bool flow_answer_untrusted(struct flow *f, uint32_t low, uint64_t now_ns)
 {
     uint32_t number;
@@ -217,6 +239,7 @@ bool flow_answer_untrusted(struct flow *f, uint32_t low, uint64_t now_ns)
             take_probe_locked(f, took, now_ns);
         } else {
             follow_locked(f, took, now_ns);
+            follow_link_locked(f, m->ahead, took);
         }
     }
     pthread_mutex_unlock(&f->mutex);
@@ -231,6 +254,16 @@ uint64_t flow_window(struct flow *f)
     window = f->window;
     pthread_mutex_unlock(&f->mutex);
     return window;
+}
+
+uint64_t flow_link_ns(struct flow *f, uint64_t bytes)
+{
+    unsigned __int128 ns;
+
+    pthread_mutex_lock(&f->mutex);
+    ns = (unsigned __int128)f->mib_ns * bytes >> 20;
+    pthread_mutex_unlock(&f->mutex);
+    return (uint64_t)ns;
 }
 
 uint64_t flow_base_ns(struct flow *f)

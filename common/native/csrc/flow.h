@@ -42,7 +42,8 @@
 #define FLOW_RECENT 8
 
 struct flow_mark {
-    uint64_t sent; /* bytes that were sent in front of it */
+    uint64_t sent;  /* bytes that were sent in front of it */
+    uint64_t ahead; /* bytes of these that were on their way with it */
     uint64_t at_ns;
     bool alone; /* nothing else was on its way */
 };
@@ -54,6 +55,7 @@ struct flow {
     uint64_t sent;         /* bytes, in all */
     uint64_t taken;        /* of these, in front of an answered mark */
     uint64_t base_ns;      /* 0: not measured yet */
+    uint64_t mib_ns;       /* see flow_link_ns(); 0: not known */
     uint64_t probes_ns[FLOW_PROBES]; /* the last measurements; 0: none */
     uint32_t probes;
     uint64_t probe_at_ns; /* when to measure the base again */
@@ -85,6 +87,12 @@ bool flow_send(struct flow *f, uint64_t bytes, uint64_t now_ns,
 uint32_t flow_probe(struct flow *f, uint64_t now_ns);
 /* How much arrives in so much time; bytes, 0 while nothing is known. */
 uint64_t flow_bytes_in(struct flow *f, uint64_t ns);
+/*
+ * How long so many bytes keep the link busy: what answers took longer than the
+ * base, by what was on its way in front of them. Lately, and rather too short
+ * than too long, the more so the longer the way; ns, 0 while nothing is known.
+ */
+uint64_t flow_link_ns(struct flow *f, uint64_t bytes);
 /* How much to send in one piece, so that the window is several of them. */
 uint64_t flow_piece(struct flow *f);
 /*

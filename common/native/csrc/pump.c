@@ -4,6 +4,7 @@
 #include "urgent.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <poll.h>
 #include <time.h>
 #include <unistd.h>
@@ -284,8 +285,20 @@ static void add_owed(struct source *s, struct batch *batch, struct ram_block *b,
     }
 }
 
-/* Behind a request that the working set has not foreseen, others follow. */
+/*
+ * Behind a request that the working set has not foreseen, others follow: so do
+ * the pages behind it, as many as the link takes in this time.
+ */
 #define AHEAD_PAGES 16
+#define AHEAD_NS UINT64_C(500000)
+
+static uint32_t ahead_pages(struct source *s)
+{
+    uint64_t page_ns = flow_link_ns(&s->flow, TARGET_PAGE_SIZE);
+
+    return page_ns * AHEAD_PAGES <= AHEAD_NS ? AHEAD_PAGES :
+                                               (uint32_t)(AHEAD_NS / page_ns);
+}
 
 /*
  * The next host page to be sent unasked: of the working set, else from the
@@ -311,7 +324,7 @@ static struct result fill_postcopy(struct source *s, struct batch *batch,
 
     batch_begin_part(batch, s->section_id);
     if (urgent_take_hint(s)) {
-        s->ahead = AHEAD_PAGES;
+        s->ahead = ahead_pages(s);
     }
     while (batch_bytes(batch) < most &&
            next_unasked(s, &b, &host, &asked_before)) {
@@ -406,16 +419,6 @@ bool pump_take_answer_untrusted(struct source *s, uint32_t value)
     return true;
 }
 
-static struct result wait_for_turn(struct source *s)
-{
-    struct result r = wait_for_limit(s);
-
-    if (RESULT_IS_OK(r)) {
-        r = wait_for_flow(s);
-    }
-    return RESULT_IS_OK(r) ? channel_wait_room(s->main) : r;
-}
-
 /* Bytes of one part: zero pages count for what they take on the wire. */
 static uint64_t postcopy_bytes(struct source *s)
 {
@@ -435,15 +438,91 @@ static uint64_t postcopy_bytes(struct source *s)
 #define FAULTS_COME_NS UINT64_C(300000)
 #define PAUSE_NS 30000L
 
-static void pause_for_faults(struct source *s)
+static uint64_t since_fault_ns(const struct source *s)
+{
+    return clock_ns() - __atomic_load_n(&s->served_ns, __ATOMIC_RELAXED);
+}
+
+static void leave_processors(struct source *s)
 {
     struct timespec pause = { .tv_nsec = PAUSE_NS };
-    uint64_t served = __atomic_load_n(&s->served_ns, __ATOMIC_RELAXED);
 
-    if (clock_ns() - served < FAULTS_COME_NS) {
+    if (since_fault_ns(s) < FAULTS_COME_NS) {
         (void)clock_nanosleep(CLOCK_MONOTONIC, 0, &pause, NULL);
         STATS_ADD(s->stats.background_pauses, 1);
     }
+}
+
+/*
+ * A guest that has just begun waits for some hundred pages one after another,
+ * and on a slow link each part would be in front of the next of them. So they
+ * get the link too: the stream goes on when no fault has come for the time of a
+ * few pages, or when it has stood still for long, so that it learns about the
+ * link. Only in the beginning: later it matters that all pages come. And not
+ * when it is known which pages these are: then they are the stream.
+ */
+#define BEGINNING_NS UINT64_C(1000000000)
+#define HELD_PAGES 24
+#define HELD_NS UINT64_C(10000000)
+#define HELD_AT_MOST_NS UINT64_C(50000000)
+
+static bool is_beginning(const struct source *s)
+{
+    return clock_ns() - s->begun_ns < BEGINNING_NS &&
+           !(s->stored && working_set_is_left(&s->stored->working_set));
+}
+
+static uint64_t held_ns(struct source *s)
+{
+    uint64_t ns = flow_link_ns(&s->flow, HELD_PAGES * TARGET_PAGE_SIZE);
+
+    return ns < HELD_NS ? ns : HELD_NS;
+}
+
+static struct result leave_link(struct source *s)
+{
+    uint64_t end = clock_ns() + HELD_AT_MOST_NS;
+    struct result r = result_ok();
+
+    while (RESULT_IS_OK(r) && is_beginning(s) && clock_ns() < end) {
+        uint64_t since = since_fault_ns(s);
+        uint64_t held = held_ns(s);
+
+        if (since >= held) {
+            break;
+        }
+        r = wait_for_wake(s, (int)((held - since) / 1000000 + 1));
+        STATS_ADD(s->stats.background_pauses, 1);
+    }
+    return r;
+}
+
+static struct result wait_for_turn(struct source *s)
+{
+    struct result r = leave_link(s);
+
+    if (RESULT_IS_OK(r)) {
+        r = wait_for_limit(s);
+    }
+    if (RESULT_IS_OK(r)) {
+        r = wait_for_flow(s);
+    }
+    return RESULT_IS_OK(r) ? channel_wait_room(s->main) : r;
+}
+
+/* What a guest asks for is only known if it gets nothing else. */
+static struct result wait_for_asking(struct source *s)
+{
+    uint64_t end = s->begun_ns + s->only_asked_ns;
+    struct result r = result_ok();
+
+    for (uint64_t now = clock_ns(); RESULT_IS_OK(r) && now < end;
+         now = clock_ns()) {
+        uint64_t ms = (end - now) / 1000000 + 1;
+
+        r = wait_for_wake(s, ms < INT_MAX ? (int)ms : INT_MAX);
+    }
+    return r;
 }
 
 /* Is anything owed that is not here? */
@@ -484,7 +563,7 @@ static struct result send_owed(struct source *s)
             return r;
         }
         STATS_ADD(s->stats.background_pages, s->batch.pages);
-        pause_for_faults(s);
+        leave_processors(s);
     }
     /* An urgent page that was claimed is written when the lock is free. */
     channel_lock(s->urgent);
@@ -497,7 +576,11 @@ struct result pump_postcopy(struct source *s)
     struct result r;
 
     turn_take(TURN_BULK);
-    r = send_owed(s);
+    s->begun_ns = clock_ns();
+    r = wait_for_asking(s);
+    if (RESULT_IS_OK(r)) {
+        r = send_owed(s);
+    }
     turn_take(TURN_USUAL);
     return r;
 }

@@ -65,9 +65,10 @@ struct source {
     uint64_t hint;       /* atomic: 1 + where a request was, see urgent.c */
     uint64_t served_ns;  /* atomic: when a request was served last */
 
-    uint32_t cursor_block; /* pump thread only, as the next four */
+    uint32_t cursor_block; /* pump thread only, as the next five */
     uint64_t cursor_page;
-    uint32_t ahead; /* pages to go on from there before the working set */
+    uint64_t begun_ns; /* postcopy, on these channels */
+    uint32_t ahead;    /* pages to go on from there before the working set */
     struct batch batch;
     struct extent extent;
 
@@ -77,6 +78,8 @@ struct source {
     struct asked_page recent[RECENT_REQUESTS];
     uint32_t recent_next;
 
+    uint64_t
+        only_asked_ns; /* nothing unasked for so long; fixed once loops run */
     struct stored *stored;     /* NULL: a guest's memory, not stored RAM */
     struct arriving *arriving; /* NULL: all of it is here */
     struct source_stats stats;

@@ -41,5 +41,10 @@ void working_set_note(struct working_set *w, uint64_t page);
  */
 bool working_set_next(struct working_set *w, struct ram *ram,
                       struct ram_block **block, uint64_t *host);
+/* Whether the first pages may have such a next one; pump only. */
+static inline bool working_set_is_left(const struct working_set *w)
+{
+    return w->first_next < w->first_count;
+}
 
 #endif
