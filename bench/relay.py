@@ -77,6 +77,7 @@ LINKS: Final = {
     for link in (
         Link(name="delay", delay=0.0005, chunk=256 << 10, buffer=4 * MIB),
         Link(name="slow", delay=0.001, rate=12.5e6, chunk=16 << 10, buffer=64 * MIB),
+        Link(name="wide", delay=0, rate=50e6, chunk=16 << 10, buffer=64 * MIB),
         Link(name="deep", delay=0, rate=12.5e6, chunk=16 << 10, buffer=64 * MIB),
     )
 }
@@ -191,6 +192,8 @@ class Relay:
     def _read(self, pipe: Pipe) -> None:
         try:
             data = pipe.source.recv(self._link.chunk)
+            # The ends of a connection acknowledge at once, see srcd's return path.
+            pipe.source.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         except ConnectionError:
             data = b""
         pipe.reading = bool(data)

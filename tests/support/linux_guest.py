@@ -113,7 +113,9 @@ class LinuxGuest(QemuProcess):
     `name` is that of its files in `directory`; `disk` the image of its disk,
     made if it is not there. `earlier` is where the guest has run before, so
     that its console goes on. `ballast` are bytes of its `memory` that it fills
-    with data and never looks at again.
+    with data and never looks at again; `scatter` pages of such data lie between
+    two pages of the memory that it looks at. Without a `network` it has less to
+    do.
     """
 
     def __init__(
@@ -126,6 +128,8 @@ class LinuxGuest(QemuProcess):
         disk: Path | None = None,
         memory: int = MEMORY,
         ballast: int = 0,
+        scatter: int = 0,
+        network: bool = True,
         incoming: bool = False,
         earlier: LinuxGuest | None = None,
         arguments: Sequence[str] = (),
@@ -134,6 +138,8 @@ class LinuxGuest(QemuProcess):
         self.machine = machine
         self._memory = memory
         self._ballast = ballast
+        self._scatter = scatter
+        self._network = network
         self.serial = directory / f"{name}.serial"
         self.consoles = [*(earlier.consoles if earlier else []), self.serial]
         self._disk = disk
@@ -143,8 +149,9 @@ class LinuxGuest(QemuProcess):
     def _machine_arguments(self) -> list[str]:
         arguments = ["-M", self.machine, "-accel", "tcg", "-m", f"{self._memory}B"]
         arguments += ["-serial", f"file:{self.serial}"]
-        arguments += ["-netdev", "user,id=net,restrict=on"]
-        arguments += ["-device", "virtio-net-pci,netdev=net,romfile="]
+        if self._network:
+            arguments += ["-netdev", "user,id=net,restrict=on"]
+            arguments += ["-device", "virtio-net-pci,netdev=net,romfile="]
         if self._disk is not None:
             arguments += ["-drive", f"if=none,id=disk,format=raw,file={self._disk}"]
             arguments += ["-device", "virtio-blk-pci,drive=disk"]
@@ -155,8 +162,13 @@ class LinuxGuest(QemuProcess):
         return arguments
 
     def _kernel_words(self) -> tuple[str, ...]:
-        ballast = (f"ballast={self._ballast >> 20}",) if self._ballast else ()
-        return (*_KERNEL_WORDS, *ballast)
+        words = [*_KERNEL_WORDS]
+        if self._ballast:
+            words.append(f"ballast={self._ballast >> 20}")
+        if self._scatter:
+            # A huge page would keep what is to be scattered together.
+            words += [f"scatter={self._scatter}", "transparent_hugepage=never"]
+        return tuple(words)
 
     # -- what the guest says --------------------------------------------------
 

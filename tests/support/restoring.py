@@ -39,6 +39,7 @@ LOOK_SECONDS: Final = 0.001
 PIECES_PER_SECOND: Final = 100
 # What the kernel and the checks need besides the ballast.
 OWN_MEMORY: Final = 176 * MIB
+CHECKED_MEMORY: Final = 80 * MIB
 
 
 class Until(Enum):
@@ -70,6 +71,7 @@ PREEMPT: Final = Way(
 )
 LEARNED: Final = Way("lazy-learned", (), ("postcopy-ram",))
 LEARNED_PREEMPT: Final = Way("learned-preempt", (), PREEMPT.capabilities)
+LEARNING: Final = Way("learning", ("--learn", "5"), ("postcopy-ram",))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,12 +91,17 @@ class State:
 
     directory: Path
     memory: int
+    scatter: int = 0
 
     @classmethod
-    def make(cls, directory: Path, memory: int) -> State:
-        """Boot a guest, fill its memory, save it right after a look at that."""
-        state = cls(directory, memory)
-        with state.guest("booted", ballast=memory * 15 // 16 - OWN_MEMORY) as guest:
+    def make(cls, directory: Path, memory: int, *, scatter: int = 0) -> State:
+        """Boot a guest, fill its memory, save it right after a look at that.
+
+        Between two pages of what it looks at lie `scatter` others.
+        """
+        state = cls(directory, memory, scatter)
+        ballast = memory * 15 // 16 - OWN_MEMORY - CHECKED_MEMORY * scatter
+        with state.guest("booted", ballast=ballast) as guest:
             said = guest.wait_console(lambda now: now.is_busy, BOOT_SECONDS)
             cycles = len(said.cycles)
             guest.wait_console(lambda now: len(now.cycles) > cycles, BOOT_SECONDS)
@@ -130,6 +137,8 @@ class State:
             name,
             memory=self.memory,
             ballast=ballast,
+            scatter=self.scatter,
+            network=False,
             incoming=incoming,
         )
 
@@ -137,9 +146,6 @@ class State:
         """What srcd keeps to go on with one that was not finished."""
         for kept in self.directory.glob("*.kept"):
             kept.unlink()
-
-    def forget_working_set(self) -> None:
-        (self.parked / "working-set").unlink(missing_ok=True)
 
 
 def save(guest: LinuxGuest, file: Path) -> None:
@@ -151,9 +157,9 @@ def save(guest: LinuxGuest, file: Path) -> None:
         time.sleep(LOOK_SECONDS)
 
 
-def learn(state: State, way: Way, rate: int = 0) -> None:
+def learn(state: State) -> None:
     """Serve it to the end, so that srcd knows what it asks for."""
-    restore(state, way, rate=rate, until=Until.CHECKED, to_the_end=True)
+    restore(state, LEARNING, until=Until.CHECKED, to_the_end=True)
 
 
 def restore(

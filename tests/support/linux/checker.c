@@ -2,8 +2,9 @@
  * What runs in the Linux guest of the tests and of the demo.
  *
  *   checker count          "c N" every 20 ms
- *   checker memory         "h CYCLE ok" after every look at all of its memory,
- *                          or "h CYCLE wrong COUNT first PAGE"
+ *   checker memory [N]     "h CYCLE ok" after every look at all of its memory,
+ *                          or "h CYCLE wrong COUNT first PAGE"; between two of
+ *                          its pages lie N full ones that it never looks at
  *   checker disk DEVICE    "d N ok" after every sector, or "d N wrong SECTOR"
  *   checker log            "k TEXT" for every complaint of the kernel
  *   checker fill MIB       ends when so much memory is full, and stays so
@@ -87,6 +88,14 @@ static bool page_is_right(const uint64_t *page, uint64_t first,
     return true;
 }
 
+/* Pages that are full and never looked at. */
+static uint64_t *fill_pages(uint64_t *memory, size_t pages)
+{
+    for (size_t page = 0; page < pages; page++)
+        write_page(memory + page * WORDS, page * WORDS, 2);
+    return memory + pages * WORDS;
+}
+
 /* What a look at the memory has found. */
 struct found {
     uint64_t wrong;
@@ -136,16 +145,22 @@ static void look(const uint64_t *seeded, uint64_t *stamped,
     }
 }
 
-static void check_memory(void)
+static void check_memory(size_t between)
 {
     uint64_t *seeded = map(SEEDED_PAGES);
     uint64_t *stamped = map(STAMPED_PAGES);
     uint64_t *generations = map(STAMPED_PAGES * sizeof(uint64_t) / PAGE);
+    uint64_t *others =
+        between ? map((SEEDED_PAGES + STAMPED_PAGES) * between) : NULL;
 
-    for (size_t page = 0; page < SEEDED_PAGES; page++)
+    for (size_t page = 0; page < SEEDED_PAGES; page++) {
         write_page(seeded + page * WORDS, page * WORDS, 0);
-    for (size_t page = 0; page < STAMPED_PAGES; page++)
+        others = fill_pages(others, between);
+    }
+    for (size_t page = 0; page < STAMPED_PAGES; page++) {
         write_page(stamped + page * WORDS, page, 0);
+        others = fill_pages(others, between);
+    }
     for (uint64_t cycle = 1;; cycle++) {
         struct found found = { 0 };
         look(seeded, stamped, generations, &found);
@@ -211,10 +226,8 @@ static void read_log(void)
 static void fill(size_t mib)
 {
     size_t pages = mib * (MIB / PAGE);
-    uint64_t *memory = map(pages);
 
-    for (size_t page = 0; page < pages; page++)
-        write_page(memory + page * WORDS, page * WORDS, 2);
+    fill_pages(map(pages), pages);
     if (fork() == 0)
         for (;;)
             pause();
@@ -235,7 +248,7 @@ int main(int count_of_words, char **words)
         read_log();
     if (strcmp(task, "memory") == 0) {
         setpriority(PRIO_PROCESS, 0, 19); /* counting goes first */
-        check_memory();
+        check_memory(count_of_words > 2 ? strtoul(words[2], NULL, 10) : 0);
     }
     return 2;
 }
