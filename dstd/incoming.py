@@ -224,6 +224,11 @@ class IncomingMigration:
         """They have changed, and are to hold over our death."""
         self._journal.write(settings=self.settings.snapshot())
 
+    @property
+    def way_on(self) -> str:
+        """What there is to do if the daemon ends now, in postcopy."""
+        return self._journal.keeping.way_on
+
     # -- after a daemon before us
 
     async def take_up(self) -> None:
