@@ -50,6 +50,8 @@ class Monitor:
         self.before_end: Callable[[], object] = lambda: None
         self.memory_problem: Callable[[], str | None] = lambda: None
         self.in_postcopy: Callable[[], bool] = lambda: False
+        self.way_on: Callable[[], str] = str
+        """What to do when the daemon has ended in postcopy."""
         self.guest_stays = False
         """The daemon ends and its guest's process must not: see `shut_down`."""
 

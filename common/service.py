@@ -110,7 +110,7 @@ async def responsible_for(
             await _end(guest, config)
         raise
     if monitor.guest_stays:
-        log.warning("ended in the middle of postcopy: start again, and recover")
+        log.warning("ended in the middle of postcopy: %s", monitor.way_on())
     else:
         await _end(guest, config)
 

@@ -65,6 +65,7 @@ class DestinationCommands:
         monitor.settings.listening = lambda: self._migration is not None
         monitor.settings.changed = self._note_settings
         monitor.in_postcopy = lambda: self._status.now in POSTCOPY
+        monitor.way_on = self._way_on
         monitor.memory_problem = self._memory_problem
 
     @property
@@ -181,6 +182,9 @@ class DestinationCommands:
             self.failed = True
             self._monitor.close()
             self._monitor.quitting.set()
+
+    def _way_on(self) -> str:
+        return self._migration.way_on if self._migration else ""
 
     @property
     def error(self) -> str:

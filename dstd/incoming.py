@@ -138,6 +138,11 @@ class IncomingMigration:
         """They have changed, and are to hold over our death."""
         self.arrival.journal.write(settings=self.settings.snapshot())
 
+    @property
+    def way_on(self) -> str:
+        """What there is to do if the daemon ends now, in postcopy."""
+        return self.arrival.journal.keeping.way_on
+
     async def take_up(self) -> None:
         """Go on with what a daemon before us has left, by `run`.
 
@@ -196,7 +201,14 @@ class IncomingMigration:
             cause = cause_of(error)
             if cause is None:
                 raise
-            await self.arrival.fail(cause, link.peer)
+            async with trio.open_nursery() as nursery:
+                # A QEMU with multifd hears why only if it can write there, too;
+                # else it waits until we close, and then perhaps for ever.
+                for channel in (link.preempt, *link.strangers):
+                    if channel and link.strangers:
+                        nursery.start_soon(channel.drain)
+                await self.arrival.fail(cause, link.peer)
+                nursery.cancel_scope.cancel()
         finally:
             # A request that is being written must not keep us waiting.
             link.main.stop.set()

@@ -79,6 +79,7 @@ class SourceCommands:
         monitor.settings.changed = self._settings_changed
         monitor.before_end = self._let_go
         monitor.in_postcopy = lambda: self._status.now in POSTCOPY
+        monitor.way_on = lambda: self._keeping.way_on
 
     @property
     def handlers(self) -> dict[str, Handler]:

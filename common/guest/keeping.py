@@ -35,7 +35,21 @@ class Keeping:
     def __init__(self, guest: Guest, stored: Mapping[str, int] | None = None) -> None:
         self._guest = guest
         self._stored = dict(stored or {})
+        self._guest_keeps = not stored
         self._notifier = Notifier()
+
+    @property
+    def way_on(self) -> str:
+        """What there is to do if this process ends while something is kept."""
+        if self._guest_keeps:
+            return "start again, and recover"
+        if self._notifier.heard:
+            return (
+                "systemd alone keeps what the next daemon needs, and lets go of it"
+                " when the unit is stopped; after `restart` recover, after `stop` the"
+                " guest is lost"
+            )
+        return "nobody keeps what the next daemon needs; the guest is lost"
 
     def find(self, name: str) -> int | None:
         """What a process before this one had kept; not the caller's to close."""
@@ -57,6 +71,7 @@ class Keeping:
             if self._guest.is_gone:
                 raise
             log.warning("the guest's process keeps nothing: %s", error)
+            self._guest_keeps = False
             self._notifier.discard(STORED + name)
             self._notifier.store(STORED + name, [fd])
 

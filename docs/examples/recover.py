@@ -16,6 +16,8 @@ from qemu.qmp import ExecuteError, QMPClient
 
 PATIENCE = 30.0  # seconds
 LOOK = 0.1
+AGAIN = 1.0
+TIMES = 5
 PAUSED = "postcopy-paused"
 ACTIVE = "postcopy-active"
 LOST = ("failed", "cancelled", "none")
@@ -42,14 +44,16 @@ async def statuses(source: QMPClient, destination: QMPClient) -> tuple[str, str]
     return src, dst
 
 
-async def order(end: QMPClient, command: str, **arguments: object) -> None:
-    """Out of band, where QEMU takes it at any time; a refusal is only told."""
+async def order(end: QMPClient, command: str, **arguments: object) -> bool:
+    """Out of band, where QEMU takes it at any time; a refusal is told, and False."""
     print(f"{end.name}: {command} {arguments}")
     oob = command in ("migrate-pause", "migrate-recover")
     try:
         await end.execute(command, arguments, oob=oob)
     except ExecuteError as error:
         print(f"{end.name}: {error}")
+        return False
+    return True
 
 
 async def both_are(wanted: str, source: QMPClient, destination: QMPClient) -> str:
@@ -65,6 +69,16 @@ async def both_are(wanted: str, source: QMPClient, destination: QMPClient) -> st
         raise Over(3, f"not {wanted}: source {src}, destination {dst}") from None
 
 
+async def listen(source: QMPClient, destination: QMPClient, uri: str) -> None:
+    """A QEMU refuses it while it has not closed its old listener yet."""
+    for _ in range(TIMES):
+        if await order(destination, "migrate-recover", uri=uri):
+            return
+        await asyncio.sleep(AGAIN)
+        if (await statuses(source, destination))[1] != PAUSED:
+            return
+
+
 async def recover(source: QMPClient, destination: QMPClient, uri: str) -> None:
     src, dst = await statuses(source, destination)
     print(f"source: {src}, destination: {dst}")
@@ -76,7 +90,7 @@ async def recover(source: QMPClient, destination: QMPClient, uri: str) -> None:
     if dst not in (PAUSED, "completed"):
         await order(destination, "migrate-pause")
     if await both_are(PAUSED, source, destination) == PAUSED:
-        await order(destination, "migrate-recover", uri=uri)
+        await listen(source, destination, uri)
     await order(source, "migrate", uri=uri, resume=True)
     await both_are(ACTIVE, source, destination)
 

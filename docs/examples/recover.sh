@@ -64,12 +64,15 @@ look() {
     esac
 }
 
-# Refused or not, the next look shows what has come of it.
+# Whether it was taken; the next look shows what has come of it.
 order() { # NAME LEADS LINE
     echo "$1: $3"
     answer=$(ask "$2" "$3")
     case $answer in
-    '{"error"'*) echo "$1: $answer" ;;
+    '{"error"'*)
+        echo "$1: $answer"
+        return 1
+        ;;
     esac
 }
 
@@ -93,18 +96,25 @@ case "$src $dst" in
 esac
 # One may not have noticed that the connection is gone.
 if [ "$src" != postcopy-paused ]; then
-    order source "$source" '{"execute": "migrate-pause"}'
+    order source "$source" '{"execute": "migrate-pause"}' || :
 fi
 if [ "$dst" != postcopy-paused ] && [ "$dst" != completed ]; then
-    order destination "$destination" '{"execute": "migrate-pause"}'
+    order destination "$destination" '{"execute": "migrate-pause"}' || :
 fi
 both_are postcopy-paused || finish 3 "not both are paused"
-if [ "$dst" = postcopy-paused ]; then
+# A QEMU refuses it while it has not closed its old listener yet.
+left=5
+while [ "$dst" = postcopy-paused ] && [ "$left" -gt 0 ]; do
     order destination "$destination" \
-        "{\"execute\": \"migrate-recover\", \"arguments\": {\"uri\": \"$uri\"}}"
-fi
+        "{\"execute\": \"migrate-recover\", \"arguments\": {\"uri\": \"$uri\"}}" &&
+        break
+    left=$((left - 1))
+    sleep 1
+    look
+done
 order source "$source" \
-    "{\"execute\": \"migrate\", \"arguments\": {\"uri\": \"$uri\", \"resume\": true}}"
+    "{\"execute\": \"migrate\", \"arguments\": {\"uri\": \"$uri\", \"resume\": true}}" ||
+    :
 both_are postcopy-active ||
     finish 3 "still paused; query-migrate at both ends has error-desc"
 finish 0 "postcopy goes on"

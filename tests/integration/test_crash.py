@@ -5,7 +5,11 @@ The guest's process outlives it, and the daemon after it comes up paused.
 
 from __future__ import annotations
 
+import os
+import re
 import signal
+import socket
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,6 +22,7 @@ from support.daemons import (
     move_precopy,
     prepare,
 )
+from support.ram import MIB, Block, SharedRam
 from support.recovery import GUEST, LITTLE, SLOW, both_ways, in_postcopy
 
 if TYPE_CHECKING:
@@ -70,6 +75,46 @@ def test_ended_by_the_service_manager(tmp_path: Path, side: str) -> None:
         ends.recover()
         ends.wait_both("postcopy-active")
         ends.complete()
+
+
+@pytest.mark.parametrize(
+    ("managed", "way_on"),
+    [
+        (True, "after `restart` recover, after `stop` the guest is lost"),
+        (False, "nobody keeps what the next daemon needs; the guest is lost"),
+    ],
+    ids=["service", "alone"],
+)
+def test_ended_when_no_process_keeps_anything(
+    private_dir: Path, monkeypatch: pytest.MonkeyPatch, managed: bool, way_on: str
+) -> None:
+    """The log says what the operator may still do."""
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    with ExitStack() as stack:
+        if managed:
+            manager = stack.enter_context(
+                socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            )
+            manager.bind(str(private_dir / "manager"))
+            monkeypatch.setenv("NOTIFY_SOCKET", str(private_dir / "manager"))
+        files = [SharedRam(Block("ram", 4 * MIB)) for _ in range(2)]
+        words = [f"ram=/proc/{os.getpid()}/fd/{file.fd}" for file in files]
+        for file in files:
+            stack.callback(file.close)
+        files[0].fill(seed=1)
+        src = stack.enter_context(Source(private_dir, "--ram", words[0]))
+        dst = stack.enter_context(Destination(private_dir, "--ram", words[1]))
+        prepare(src, dst, *POSTCOPY)
+        src.set_parameters(max_bandwidth=SLOW, max_postcopy_bandwidth=SLOW)
+        src.migrate(dst.listen())
+        src.wait_status("active")
+        src.execute("migrate-start-postcopy")
+        for side in (src, dst):
+            side.wait_status("postcopy-active")
+        for side in (dst, src):
+            side.end(signal.SIGTERM)
+            (said,) = re.findall("ended in the middle of postcopy: (.*)", side.said)
+            assert said.endswith(way_on)
 
 
 def test_quit_ends_the_guest_even_then(tmp_path: Path) -> None:

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from integration.test_documents import ROOT, blocks
 from support.daemons import POSTCOPY, Source
-from support.recover import EXAMPLES, INTERPRETERS, SCRIPTS, run
+from support.recover import (
+    EXAMPLES,
+    INTERPRETERS,
+    PATIENCE,
+    SCRIPTS,
+    begin,
+    run,
+)
 from support.recovery import LITTLE, in_postcopy
 
 from dstd.cli import parse as parse_dstd
@@ -79,6 +86,24 @@ def test_only_the_source_has_noticed(
         done = play(script, ends, f"unix:{private_dir}/again")
         assert done.returncode == DONE, done
         ends.dst.wait_status("postcopy-paused")
+        goes_on(ends)
+
+
+@scripts
+def test_the_address_is_taken_at_first(
+    private_dir: Path, script: Callable[..., Any]
+) -> None:
+    """By a listener that closes a moment late, as a QEMU's own does."""
+    with in_postcopy(private_dir, POSTCOPY) as ends:
+        for link in ends.relay.wait_links(1):
+            link.reset()
+        ends.assert_paused()
+        with socket.create_server(("127.0.0.1", 0)) as late:
+            uri = f"tcp:127.0.0.1:{late.getsockname()[1]}"
+            begun = script(ends.src.qmp_path, ends.dst.qmp_path, uri, begin)
+            assert any("already in use" in line for line in begun.stdout)
+        said, _ = begun.communicate(timeout=PATIENCE)
+        assert begun.returncode == DONE, said
         goes_on(ends)
 
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.daemons import POSTCOPY, PREEMPT
+from support.daemons import POSTCOPY, PREEMPT, Destination
 from support.ordeal import PAUSED, RECOVER, SETUP, Ordeal
-from support.recovery import in_postcopy
+from support.recovery import LITTLE, in_postcopy
 from support.relay import Cable, Link, Relay, Trap
 
 if TYPE_CHECKING:
@@ -100,6 +100,18 @@ def wrong_address(ordeal: Ordeal) -> None:
         }
         uri = ordeal.random.choice([*wrong])
         ordeal.in_vain(uri, wrong[uri])
+
+
+def another_destination(ordeal: Ordeal) -> None:
+    """It waits for some other migration: it refuses this one, and runs nothing."""
+    close_all(ordeal)
+    ends = ordeal.ends
+    with Destination(ends.dst.directory, *LITTLE, name="another") as other:
+        other.set_capabilities(*(PREEMPT if ends.preempt else POSTCOPY))
+        ordeal.in_vain(other.listen(), "the peer closed the channel")
+        assert other.wait_status("failed", "completed") == "failed"
+        assert "magic" in other.query()["error-desc"]
+        assert not other.execute("query-status")["running"]
 
 
 # --- the handshake ------------------------------------------------------------------
@@ -209,6 +221,7 @@ FAILURES = {
     "pause-destination": Failure(pause("dst")),
     "listener-gone": Failure(listener_gone),
     "wrong-address": Failure(wrong_address),
+    "another-destination": Failure(another_destination),
     "silent-peer": Failure(silent_peer, options=SHORT),
     "closing-peer": Failure(closing_peer),
     "cut-in-handshake": Failure(cut_in_handshake),

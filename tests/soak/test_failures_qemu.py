@@ -11,8 +11,10 @@ import os
 import random
 import signal
 import socket
+import time
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,13 +22,12 @@ from conformance.test_interop import FAST, MODES, PREEMPT_EARLY
 from support.attached_guest import AttachedGuest
 from support.daemons import Destination, Source
 from support.parked import fill, shared_ram
-from support.qemu import Qemu
+from support.qemu import PATIENCE, Qemu
 from support.ram import MIB, PAGE, Block, SharedRam, assert_equal_ram
 from support.relay import Link, Relay
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 pytestmark = [pytest.mark.soak, pytest.mark.qemu, pytest.mark.userfaultfd]
 
@@ -36,6 +37,10 @@ SLOW = 512 * 1024  # bytes per second
 BLOCKS = (Block("ram", 96 * MIB), Block("one", MIB))
 # In each of two modes and two directions.
 CUTS = {"10": 50, "7.2": 15}
+# QEMU's, on x86-64.
+NAMED_THREADS = ("-name", "debug-threads=on")
+PREEMPT_THREADS = ("mig/dst/preempt", "fault-fast")
+RECVMSG = "47"
 # Of a killed daemon's counters.
 SENT = ("background-pages", "postcopy-pages")
 
@@ -54,6 +59,8 @@ class Ordeal:
     channels: int
     restarts: int = 0
     pages: Counter[str] = field(default_factory=Counter)
+    links: list[Link] = field(default_factory=list)
+    """Of the connection there is now: main, and preempt if there is one."""
 
     def begin(self, mode: str) -> None:
         """Until the guest runs at the destination."""
@@ -64,6 +71,7 @@ class Ordeal:
         self.source.wait_status("active")
         self.source.execute("migrate-start-postcopy")
         self.wait_both("postcopy-active")
+        self.wait_connected(0)
         # A QEMU that has not run the guest yet would fail instead of pausing.
         events = self.qemu if self.destination is self.qemu else self.daemon.qmp
         events.wait_event("RESUME")
@@ -71,6 +79,16 @@ class Ordeal:
     def wait_both(self, status: str) -> None:
         for side in (self.source, self.destination):
             side.wait_status(status)
+
+    def wait_connected(self, before: int) -> None:
+        """By links behind so many that were made before.
+
+        Both ends may be postcopy-active before the relay has taken the one for
+        preempt, and before QEMU reads it.
+        """
+        self.links = self.relay.wait_links(before + self.channels)[before:]
+        if self.destination is self.qemu and self.channels > 1:
+            wait_reads_preempt(self.qemu)
 
     def wait_pages(self) -> None:
         """A few of them, however they are counted there."""
@@ -91,9 +109,11 @@ class Ordeal:
         self.resume(self.where)
 
     def resume(self, uri: str) -> None:
+        before = len(self.relay.links)
         self.source.execute("migrate", uri=self.relay.to(uri), resume=True)
         self.wait_both("postcopy-recover")
         self.wait_both("postcopy-active")
+        self.wait_connected(before)
 
     def destination_listens(self, uri: str) -> None:
         if self.destination is self.qemu:
@@ -127,6 +147,22 @@ class Ordeal:
         assert_equal_ram(self.qemu.ram, self.ram)
 
 
+def wait_reads_preempt(qemu: Qemu) -> None:
+    """Until the thread for it waits for what comes on the preempt channel.
+
+    A QEMU that loses its connection sooner crashes: it closes the channel, and
+    the thread, which has just been told to go on, reads from none at all.
+    """
+    (thread,) = [
+        task
+        for task in Path(f"/proc/{qemu.pid}/task").iterdir()
+        if (task / "comm").read_text().strip() in PREEMPT_THREADS
+    ]
+    deadline = time.monotonic() + PATIENCE
+    while (thread / "syscall").read_text().split()[0] != RECVMSG:
+        assert time.monotonic() < deadline, qemu.stderr
+
+
 # --- what fails -----------------------------------------------------------------
 
 
@@ -136,10 +172,9 @@ def pause(which: str) -> Callable[[Ordeal], None]:
 
 def broken(how: Callable[[Link], None], *channels: int) -> Callable[[Ordeal], None]:
     def strike(ordeal: Ordeal) -> None:
-        links = ordeal.relay.links[-ordeal.channels :]
         for number in channels:
             if number < ordeal.channels:
-                how(links[number])
+                how(ordeal.links[number])
 
     return strike
 
@@ -180,7 +215,9 @@ def ordeal_of(
     options = () if from_qemu else PREEMPT_EARLY.get((version, mode), ())
     with (
         Relay() as relay,
-        Qemu(*blocks, version=version, incoming=not from_qemu) as qemu,
+        Qemu(
+            *blocks, version=version, incoming=not from_qemu, arguments=NAMED_THREADS
+        ) as qemu,
         shared_ram(qemu) as ram,
     ):
         if from_qemu:
