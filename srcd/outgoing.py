@@ -649,6 +649,7 @@ class OutgoingMigration:
     # -- the ends
 
     async def _failed(self, error: MigrationError) -> None:
+        error = self.parked.explained(error) if self.parked else error
         log.warning("migration failed: %s", error)
         self.error, self._why_paused = self._why_paused or error, None
         if self._may_run_there(error):

@@ -394,6 +394,27 @@ def test_huge_pages(
         assert_unharmed(place, qemu)
 
 
+@pytest.mark.hugepages
+def test_huge_pages_that_came_by_precopy(
+    private_dir: Path, reserve_hugepages: Callable[[int], None]
+) -> None:
+    """Nobody knows that they were: QEMU refuses them, and srcd says what to do."""
+    reserve_hugepages(2 * MEMORY // HUGE_PAGE)
+    with Machine(memory=MEMORY, counting=True, page_size=HUGE_PAGE) as qemu:
+        qemu.ram[0].fill(1, HUGE_PAGE)
+        qemu.wait_for_counting()
+        place = park_running(qemu, private_dir)
+    with place.server() as srcd, place.machine(page_size=HUGE_PAGE) as qemu:
+        qemu.set_capabilities("postcopy-ram")
+        srcd.migrate(qemu.listen())
+        assert srcd.wait_status("completed", "failed", PAUSED) == "failed"
+        assert "with --restore precopy" in srcd.query()["error-desc"]
+    assert not place.marked
+    with place.machine(page_size=HUGE_PAGE) as qemu:
+        serve(place, qemu, "precopy")
+        assert_unharmed(place, qemu)
+
+
 @pytest.mark.parametrize("restore", RESTORES)
 def test_image_in_place(private_dir: Path, restore: str) -> None:
     """A file of QEMU's own in which the blocks have places of their own."""
