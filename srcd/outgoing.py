@@ -295,6 +295,7 @@ class OutgoingMigration:
 
     async def _failed(self, error: MigrationError) -> None:
         """Whose the guest is decides what becomes of it."""
+        error = self.parked.explained(error) if self.parked else error
         log.warning("migration failed: %s", error)
         departure = self._departure
         departure.error = self.channels.why_broken() or error

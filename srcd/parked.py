@@ -69,6 +69,17 @@ class Serving:
         """QEMU's run state once the VM has gone; a copy can be served again."""
         return "prelaunch" if self._guest.clone else "postmigrate"
 
+    def explained(self, error: MigrationError) -> MigrationError:
+        """What a QEMU means that refuses, and has said why on its own stderr only."""
+        silent = isinstance(error, Refused) and not error.text
+        if not (silent and self.lazy) or self._guest.parked.manifest.advised:
+            return error
+        return Refused(
+            "its own log tells why; if it says that page sizes do not match: this VM"
+            " came by precopy, which does not tell how large its pages were, so to a"
+            " QEMU with huge pages it is served with --restore precopy"
+        )
+
     async def mark_before(self, mark: Mark) -> None:
         """The VM may run there before we know; should we die, nobody serves it again.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -75,6 +76,7 @@ class Pump:
         )
         try:
             check(lib.stored_open(self._stored, self._ram.native, self._checksums))
+            check(lib.source_serve(self._native, self._stored))
         except HostError:
             self.close()
             raise
@@ -82,7 +84,6 @@ class Pump:
         for page in first:
             lib.working_set_add_untrusted(wanted, self._ram.native, page)
         self._native.section_id = c.PARKED_RAM_SECTION_ID
-        lib.source_serve(self._native, self._stored)
 
     def serve_arriving(self, received: int, socket: int, filler: str) -> None:
         """The store is being filled: what is not here has to be waited for.
@@ -142,10 +143,11 @@ class Pump:
         block, offset = ffi.new("uint32_t *"), ffi.new("uint64_t *")
         if self._stored is None or not lib.stored_damage(self._stored, block, offset):
             return error
-        name = _name(self._blocks()[block[0]])
+        damaged = self._blocks()[block[0]]
+        file = os.readlink(f"/proc/self/fd/{damaged.fd}")
         return HostError(
-            f"RAM block {name}, offset {offset[0]:#x}: {error.message}; restore the"
-            " parked VM from a copy",
+            f"{file}: RAM block {_name(damaged)}, offset {offset[0]:#x}:"
+            f" {error.message}; restore this file from a copy",
             errno=error.errno,
         )
 
@@ -190,8 +192,11 @@ class Pump:
         """What RAM looks like, as LAYOUT commands, and: is any chunk full?
 
         What is empty is clean then. Only once writes are tracked, and only for
-        who understands the command.
+        who understands the command. Stored RAM is not told: where it is empty its
+        checksum says whether it should be.
         """
+        if self._stored is not None:
+            return b"", False
         layouts = await trio.to_thread.run_sync(self._layout)
         full = any(lib.CHUNK_FULL in layout.kinds for layout in layouts)
         return b"".join(map(command.encode, layouts)), full

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from support import counting_guest
 from support.daemons import Destination, Source
 from support.machine import MAIN, Machine
 from support.mute import MuteDestination
+from support.parking import recover
 from support.ram import HUGE_PAGE, MIB, PAGE, Block, SharedRam
 
 from common.qmp.client import CommandFailed
@@ -272,6 +274,28 @@ def test_whole_by_capability(place: Place) -> None:
         assert_unharmed(place, qemu)
 
 
+@pytest.mark.parametrize(
+    ("version", "uri"),
+    [("10", "file:{}"), ("10", "exec:cat {}"), ("7.2", "exec:cat {}")],
+)
+def test_into_a_file_that_qemu_loads(
+    originals: dict[str, Path], private_dir: Path, version: str, uri: str
+) -> None:
+    """A QEMU takes it from there without us."""
+    place = copied(originals, version, private_dir)
+    file = private_dir / "stream"
+    with place.server("--restore", "precopy") as srcd:
+        srcd.migrate(f"file:{file}")
+        end = srcd.wait_status("completed", "failed")
+        assert end == "completed", (srcd.query(), srcd.said)
+        assert srcd.ours["verified-regions"] == place.regions
+    assert place.marked
+    with place.machine() as qemu:
+        qemu.execute("migrate-incoming", uri=uri.format(file))
+        qemu.wait_status("completed")
+        assert_unharmed(place, qemu)
+
+
 @both_modes
 def test_half_in_precopy(place: Place, mode: str) -> None:
     with place.server("--restore", "precopy") as srcd, place.machine() as qemu:
@@ -367,6 +391,27 @@ def test_huge_pages(
         place = park_running(qemu, private_dir, "postcopy-ram")
     with place.machine(page_size=HUGE_PAGE) as qemu:
         serve(place, qemu, restore)
+        assert_unharmed(place, qemu)
+
+
+@pytest.mark.hugepages
+def test_huge_pages_that_came_by_precopy(
+    private_dir: Path, reserve_hugepages: Callable[[int], None]
+) -> None:
+    """Nobody knows that they were: QEMU refuses them, and srcd says what to do."""
+    reserve_hugepages(2 * MEMORY // HUGE_PAGE)
+    with Machine(memory=MEMORY, counting=True, page_size=HUGE_PAGE) as qemu:
+        qemu.ram[0].fill(1, HUGE_PAGE)
+        qemu.wait_for_counting()
+        place = park_running(qemu, private_dir)
+    with place.server() as srcd, place.machine(page_size=HUGE_PAGE) as qemu:
+        qemu.set_capabilities("postcopy-ram")
+        srcd.migrate(qemu.listen())
+        assert srcd.wait_status("completed", "failed", PAUSED) == "failed"
+        assert "with --restore precopy" in srcd.query()["error-desc"]
+    assert not place.marked
+    with place.machine(page_size=HUGE_PAGE) as qemu:
+        serve(place, qemu, "precopy")
         assert_unharmed(place, qemu)
 
 
@@ -653,6 +698,59 @@ def test_damage_is_named_and_not_sent(place: Place, restore: str) -> None:
         assert f"{at // 65536 * 65536:#x}" in said
         assert qemu.ram[0].bytes[at : at + 1] == b"\0"
     assert place.marked == (restore == "lazy")
+
+
+def flip(file: Path, bit: int) -> None:
+    """A second time, it is as it was."""
+    with file.open("r+b") as opened:
+        opened.seek(bit // 8)
+        byte = opened.read(1)[0] ^ 1 << bit % 8
+        opened.seek(bit // 8)
+        opened.write(bytes([byte]))
+
+
+def unlike(qemu: Machine, right: bytes) -> list[int]:
+    """Pages that came and are not as they were, but for what the CPU counts.
+
+    Not read through a mapping: that would fill what QEMU waits for.
+    """
+    found = os.pread(qemu.ram[0].fd, MEMORY, 0)
+    pages = [(at, found[at : at + PAGE]) for at in range(0, MEMORY, PAGE)]
+    return [
+        at
+        for at, page in pages
+        if page[2:] != right[at + 2 : at + PAGE] and page.count(0) < PAGE
+    ]
+
+
+@both_modes
+def test_running_guest_sees_no_damaged_page(place: Place, mode: str) -> None:
+    """It waits for it, wherever it is, and goes on when the file is right again."""
+    file = place.file_of(MAIN)
+    right = file.read_bytes()
+    dice = random.Random(mode)
+    # Where the CPU counts, in front of that, and behind it.
+    for first, last in (
+        (counting_guest.FIRST, counting_guest.LAST),
+        (1, counting_guest.FIRST),
+        (counting_guest.LAST, EMPTY),
+    ):
+        bit = 8 * dice.randrange(first, last, PAGE) + dice.randrange(16, 8 * PAGE)
+        flip(file, bit)
+        with place.server("--clone") as srcd, place.machine() as qemu:
+            qemu.set_capabilities(*MODES[mode])
+            srcd.migrate(qemu.listen())
+            assert srcd.wait_status("completed", "failed", PAUSED) == PAUSED
+            said = srcd.query()["error-desc"]
+            assert f"offset {bit // 8 // 65536 * 65536:#x}: " in said
+            qemu.wait_status(PAUSED)
+            assert unlike(qemu, right) == []
+            flip(file, bit)
+            recover(srcd, qemu)
+            complete(srcd, qemu)
+            assert_unharmed(place, qemu)
+            qemu.execute("stop")
+            assert unlike(qemu, right) == []
 
 
 def test_directory_that_is_no_parked_vm(private_dir: Path) -> None:

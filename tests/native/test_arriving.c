@@ -90,7 +90,7 @@ static void fixture_open(struct fixture *f)
     NEED(RESULT_IS_OK(arriving_open(&f->arriving, &f->guest.ram,
                                     f->filler.received_fd, f->fd,
                                     f->filler.path)));
-    source_serve(&f->source, &f->stored);
+    NEED(RESULT_IS_OK(source_serve(&f->source, &f->stored)));
     source_await(&f->source, &f->arriving);
     line_open(&f->main);
     line_open(&f->preempt);

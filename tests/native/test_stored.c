@@ -87,7 +87,7 @@ static void fixture_open(struct fixture *f, bool preempt)
     NEED(RESULT_IS_OK(ram_prepare_source(&f->guest.ram)));
     NEED(RESULT_IS_OK(source_open(&f->source, &f->guest.ram, SECTION)));
     NEED(RESULT_IS_OK(stored_open(&f->stored, &f->guest.ram, f->checksums)));
-    source_serve(&f->source, &f->stored);
+    NEED(RESULT_IS_OK(source_serve(&f->source, &f->stored)));
     line_open(&f->main);
     line_open(&f->preempt);
     source_connect(&f->source, &f->main.channel,
@@ -409,6 +409,91 @@ static void damaged(struct result (*loop)(void *arg))
     fixture_close(&f);
 }
 
+/* Every region is right, and then the file ends within the page DAMAGED. */
+static void cut_off(struct fixture *f)
+{
+    for (uint32_t i = 0; i < 2; i++) {
+        NEED(RESULT_IS_OK(
+            stored_check(&f->stored, block(f, i), 0, block(f, i)->length)));
+    }
+    NEED(ftruncate(block(f, 0)->fd, DAMAGED * PAGE + 77) == 0);
+}
+
+/* Of what came: is all of it right? */
+static bool nothing_wrong_came(struct fixture *f)
+{
+    bool right = true;
+
+    for (uint64_t p = 0; p < block_pages(block(f, 0)); p++) {
+        if (times(f, 0, p) && has_data(p)) {
+            right = right && pattern_is(f->walkers[0].images[0] + p * PAGE,
+                                        seed_of(0, p));
+        }
+    }
+    return right;
+}
+
+static void cut_off_while(struct result (*loop)(void *arg), bool leave_out)
+{
+    struct fixture f;
+    struct result r;
+
+    fixture_open(&f, false);
+    f.stored.leave_out_zeroes = leave_out;
+    cut_off(&f);
+    source_owe_dirty(&f.source);
+    start_readers(&f);
+    r = loop(&f.source);
+    CHECK_EQ(r.kind, RESULT_HOST);
+    CHECK_EQ(r.offset, DAMAGED * PAGE + 77);
+    CHECK(is_told(&f));
+    CHECK(finish_readers(&f));
+    CHECK(!times(&f, 0, DAMAGED));
+    CHECK(nothing_wrong_came(&f));
+    fixture_close(&f);
+}
+
+static void test_cut_off_in_precopy(void)
+{
+    cut_off_while(run_precopy, false);
+}
+
+static void test_cut_off_in_postcopy(void)
+{
+    cut_off_while(run_postcopy, false);
+    cut_off_while(run_postcopy, true);
+}
+
+/* Where the file is no more there is no hole either. */
+static void test_cut_off_is_asked_for(void)
+{
+    static const uint64_t missing[] = { DAMAGED, DAMAGED + 1, DAMAGED + 40,
+                                        LENGTH / PAGE - 1 };
+
+    for (int preempt = 0; preempt < 2; preempt++) {
+        for (size_t i = 0; i < sizeof(missing) / sizeof(*missing); i++) {
+            struct fixture f;
+            uint32_t number;
+            uint64_t offset;
+
+            fixture_open(&f, preempt);
+            cut_off(&f);
+            source_owe_dirty(&f.source);
+            start_readers(&f);
+            request(&f, 0, 3);
+            CHECK(serve(&f));
+            request(&f, 0, missing[i]);
+            CHECK(!serve(&f));
+            CHECK(stored_damage(&f.stored, &number, &offset));
+            CHECK(finish_readers(&f));
+            CHECK_EQ(times(&f, 0, 3), 1);
+            CHECK_EQ(times(&f, 0, missing[i]), 0);
+            CHECK(nothing_wrong_came(&f));
+            fixture_close(&f);
+        }
+    }
+}
+
 static void test_damage_in_precopy(void)
 {
     damaged(run_precopy);
@@ -597,6 +682,9 @@ int main(void)
     RUN(test_requests_beside_the_scan);
     RUN(test_preempt_is_closed_at_the_end);
     RUN(test_restart);
+    RUN(test_cut_off_in_precopy);
+    RUN(test_cut_off_in_postcopy);
+    RUN(test_cut_off_is_asked_for);
     RUN(test_damage_in_precopy);
     RUN(test_damage_in_postcopy);
     RUN(test_damage_that_is_asked_for);

@@ -7,12 +7,22 @@ whose memory the test maps.
 
 from __future__ import annotations
 
+import os
 import random
 import re
 from typing import TYPE_CHECKING
 
 import pytest
-from support.parking import OUT, Workshop, both_complete, recover, wait_status
+from support.parking import (
+    CRAWL,
+    FAST,
+    OUT,
+    Workshop,
+    both_complete,
+    recover,
+    wait_for_pages,
+    wait_status,
+)
 from support.qemu import Qemu
 from support.ram import MIB, PAGE, Block
 
@@ -99,3 +109,39 @@ def test_guest_goes_on_when_the_file_is_right_again(shop: Workshop, out: str) ->
         recover(srcd, qemu)
         both_complete(srcd, qemu)
         assert bytes(qemu.ram[0].bytes) == right
+
+
+@pytest.mark.parametrize("out", OUT)
+def test_file_is_cut_off_meanwhile(shop: Workshop, out: str) -> None:
+    """srcd lives on, says where, and goes on once the file is whole again."""
+    options, capabilities = OUT[out]
+    file = shop.parked / "ram-0000"
+    right = file.read_bytes()
+    with shop.server(*options) as srcd:
+        with Qemu(BLOCK, incoming=True) as qemu:
+            qemu.set_capabilities(*capabilities)
+            srcd.set_parameters(max_bandwidth=CRAWL, max_postcopy_bandwidth=CRAWL)
+            srcd.migrate(qemu.listen())
+            srcd.wait_status("active" if out == "full" else "postcopy-active")
+            wait_for_pages(srcd)
+            end = len(right) // 2 + 77
+            os.truncate(file, end)
+            srcd.set_parameters(max_bandwidth=FAST, max_postcopy_bandwidth=FAST)
+            stopped = "failed" if out == "full" else "postcopy-paused"
+            assert srcd.wait_status("completed", "failed", stopped) == stopped
+            place = f"{file}: RAM block ram, offset {end // 65536 * 65536:#x}: "
+            assert f"{place}stored RAM is cut off" in srcd.query()["error-desc"]
+            # Not through a mapping: it would fill the pages that QEMU waits for.
+            assert not wrong_pages(os.pread(qemu.ram[0].fd, len(right), 0), right)
+            with file.open("r+b") as opened:
+                opened.write(right)
+            if out != "full":
+                qemu.wait_status("postcopy-paused")
+                recover(srcd, qemu)
+                both_complete(srcd, qemu)
+                assert bytes(qemu.ram[0].bytes) == right
+        if out == "full":
+            with Qemu(BLOCK, incoming=True) as qemu:
+                srcd.migrate(qemu.listen())
+                both_complete(srcd, qemu)
+                assert bytes(qemu.ram[0].bytes) == right

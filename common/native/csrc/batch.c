@@ -29,7 +29,15 @@ void batch_close(struct batch *b)
 {
     free(b->iov);
     free(b->heads);
+    free(b->copies);
     *b = (struct batch){ 0 };
+}
+
+struct result batch_copy(struct batch *b)
+{
+    b->copies = malloc(BATCH_PAGES * TARGET_PAGE_SIZE);
+    return b->copies ? result_ok() :
+                       result_errno(RESULT_HOST, "copies of pages", ENOMEM);
 }
 
 void batch_reset(struct batch *b)
@@ -40,6 +48,7 @@ void batch_reset(struct batch *b)
     b->pages = 0;
     b->zeros = 0;
     b->last = NULL;
+    b->copied = NULL;
 }
 
 /* Heads that follow each other are one iovec. */
@@ -61,6 +70,7 @@ static void add_record(struct batch *b, const struct ram_block *block,
     b->head_used += wire_put_record(b->heads + b->head_used, block, offset,
                                     !data, &b->last);
     b->pages++;
+    b->copied = NULL;
     if (!data) {
         b->zeros++;
         return;
@@ -142,20 +152,62 @@ static bool is_hole(struct extent *e, const struct ram_block *b, uint64_t page)
            look_for_hole(e, b, offset);
 }
 
-bool batch_page_is_zero(struct extent *e, const struct ram_block *b,
-                        uint64_t page, bool *hole)
-{
-    *hole = is_hole(e, b, page);
-    return *hole || page_is_zero(b->map + (page << TARGET_PAGE_BITS));
-}
-
-bool batch_add_page(struct batch *batch, struct extent *e,
-                    const struct ram_block *b, uint64_t page)
+static struct result copy_page(struct batch *batch, const struct ram_block *b,
+                               uint64_t page, uint8_t *to)
 {
     uint64_t offset = page << TARGET_PAGE_BITS;
-    bool hole;
-    bool zero = batch_page_is_zero(e, b, page, &hole);
+    struct result r;
 
-    add_record(batch, b, offset, zero ? NULL : b->map + offset);
-    return hole;
+    if (batch->copied == b && batch->copied_page == page) {
+        return result_ok();
+    }
+    r = ram_read(b, offset, to, TARGET_PAGE_SIZE);
+    batch->copied = RESULT_IS_OK(r) ? b : NULL;
+    batch->copied_page = page;
+    return r;
+}
+
+/* Where the next record's data is. */
+static struct result look_at_page(struct batch *batch,
+                                  const struct ram_block *b, uint64_t page,
+                                  const uint8_t **data)
+{
+    uint8_t *copy;
+
+    if (!batch->copies) {
+        *data = b->map + (page << TARGET_PAGE_BITS);
+        return result_ok();
+    }
+    copy = batch->copies + ((uint64_t)batch->pages << TARGET_PAGE_BITS);
+    *data = copy;
+    return copy_page(batch, b, page, copy);
+}
+
+bool batch_page_is_zero(struct batch *batch, struct extent *e,
+                        const struct ram_block *b, uint64_t page, bool *hole)
+{
+    const uint8_t *data;
+
+    *hole = is_hole(e, b, page);
+    return *hole || (RESULT_IS_OK(look_at_page(batch, b, page, &data)) &&
+                     page_is_zero(data));
+}
+
+struct result batch_add_page(struct batch *batch, struct extent *e,
+                             const struct ram_block *b, uint64_t page,
+                             bool *hole)
+{
+    struct result r = result_ok();
+    const uint8_t *data = NULL;
+
+    *hole = is_hole(e, b, page);
+    if (!*hole) {
+        r = look_at_page(batch, b, page, &data);
+    }
+    if (RESULT_IS_OK(r)) {
+        bool zero = *hole || page_is_zero(data);
+
+        add_record(batch, b, page << TARGET_PAGE_BITS, zero ? NULL : data);
+    }
+    return r;
 }

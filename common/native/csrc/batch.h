@@ -3,6 +3,10 @@
  *
  * A record's head goes into `heads`, its page stays where it is in guest RAM;
  * `iov` strings them together. A batch belongs to one thread.
+ *
+ * Pages of a file that anybody may cut off are copied: read through a mapping,
+ * what is no longer there kills the process, or is zero up to the end of its
+ * page.
  */
 #ifndef POSTCOPY_BATCH_H
 #define POSTCOPY_BATCH_H
@@ -25,6 +29,9 @@ struct batch {
     uint32_t pages;
     uint32_t zeros;
     const struct ram_block *last;
+    uint8_t *copies; /* one for each page; NULL: they stay where they are */
+    const struct ram_block *copied; /* NULL, or the next record's copy is */
+    uint64_t copied_page;           /* made, and is of this page */
 };
 
 /*
@@ -42,6 +49,8 @@ struct extent {
 
 struct result batch_open(struct batch *b);
 void batch_close(struct batch *b);
+/* From now on pages are copied from their blocks' files. */
+struct result batch_copy(struct batch *b);
 
 /* Begin bare records, as on the preempt channel; `b->last` may be set then. */
 void batch_reset(struct batch *b);
@@ -49,18 +58,21 @@ void batch_reset(struct batch *b);
 void batch_begin_part(struct batch *b, uint32_t section_id);
 
 /*
- * Is a target page all zeroes as it is now? `*hole`: so it is without being
- * read. `e` as in batch_add_page().
+ * Is a target page all zeroes as it is now, if it were to be added next?
+ * `*hole`: so it is without being read. `e` as in batch_add_page(). What cannot
+ * be read is not zero.
  */
-bool batch_page_is_zero(struct extent *e, const struct ram_block *b,
-                        uint64_t page, bool *hole);
+bool batch_page_is_zero(struct batch *batch, struct extent *e,
+                        const struct ram_block *b, uint64_t page, bool *hole);
 /*
- * Add a target page as it is now. True if it was found to be zero without
- * reading it: it is a hole in the block's file. `e` NULL: the pages around it
- * are not going to be asked about.
+ * Add a target page as it is now. `*hole`: it was found to be zero without
+ * reading it, it is a hole in the block's file. `e` NULL: the pages around it
+ * are not going to be asked about. RESULT_HOST, and nothing is added, if a copy
+ * cannot be made.
  */
-bool batch_add_page(struct batch *batch, struct extent *e,
-                    const struct ram_block *b, uint64_t page);
+struct result batch_add_page(struct batch *batch, struct extent *e,
+                             const struct ram_block *b, uint64_t page,
+                             bool *hole);
 
 /* Ready to be written: after bare records, or after a section. */
 void batch_end(struct batch *b);

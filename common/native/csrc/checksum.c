@@ -131,15 +131,7 @@ struct reading {
 static struct result reading_open(struct reading *r,
                                   const struct checksum_extent *e)
 {
-    struct stat file;
-
     *r = (struct reading){ .extent = e };
-    if (fstat(e->fd, &file) < 0) {
-        return result_errno(RESULT_HOST, "fstat of stored RAM", errno);
-    }
-    if ((uint64_t)file.st_size < e->start + e->length) {
-        return result_of(RESULT_HOST, "stored RAM is cut off");
-    }
     r->buffer = malloc(CHECKSUM_REGION);
     return r->buffer ? result_ok() :
                        result_errno(RESULT_HOST, "memory for a region", ENOMEM);
@@ -148,6 +140,14 @@ static struct result reading_open(struct reading *r,
 static void reading_close(struct reading *r)
 {
     free(r->buffer);
+}
+
+static bool is_cut_off(const struct checksum_extent *e)
+{
+    struct stat file;
+
+    return fstat(e->fd, &file) < 0 ||
+           (uint64_t)file.st_size < e->start + e->length;
 }
 
 /* A file system that cannot tell has data everywhere. */
@@ -159,8 +159,9 @@ static void find_data(struct reading *r, uint64_t offset)
     off_t hole;
 
     if (data < 0) {
-        /* ENXIO: nothing but a hole up to the end of the file. */
-        r->data_start = errno == ENXIO ? e->length : offset;
+        /* ENXIO: nothing but a hole up to the end of the file, if it has not
+         * been cut off just now. */
+        r->data_start = errno == ENXIO && !is_cut_off(e) ? e->length : offset;
         r->data_end = e->length;
         return;
     }

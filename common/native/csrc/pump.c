@@ -116,13 +116,13 @@ static struct result fill_precopy(struct source *s, struct batch *batch,
     uint64_t page;
 
     batch_begin_part(batch, s->section_id);
-    while (batch->pages < most && next_dirty(s, &b, &page)) {
+    while (RESULT_IS_OK(r) && batch->pages < most && next_dirty(s, &b, &page)) {
         r = check_here(s, b, page >> block_pages_bits(b));
         if (!RESULT_IS_OK(r)) {
             return r;
         }
         bitmap_test_and_clear(&b->dirty, page);
-        source_add_page(s, batch, &s->extent, b, page);
+        r = source_add_page(s, batch, &s->extent, b, page);
     }
     return r;
 }
@@ -269,20 +269,23 @@ static bool next_owed(struct source *s, struct ram_block **block,
 }
 
 /* Pages of zeroes are sent unasked only if the guest has asked before. */
-static void add_owed(struct source *s, struct batch *batch, struct ram_block *b,
-                     uint64_t host, bool asked_before)
+static struct result add_owed(struct source *s, struct batch *batch,
+                              struct ram_block *b, uint64_t host,
+                              bool asked_before)
 {
+    struct result r = result_ok();
     /* What is known of holes does not hold while pages arrive. */
     struct extent *extent = s->arriving ? NULL : &s->extent;
 
-    if (!asked_before && source_leaves_out(s, extent, b, host)) {
+    if (!asked_before && source_leaves_out(s, batch, extent, b, host)) {
         bitmap_test_and_set(stored_left_out(s->stored, b), host);
         STATS_ADD(s->stats.left_out_pages, block_pages_per_host(b));
     } else if (source_claim(b, host)) {
-        source_add_host_page(s, batch, extent, b, host);
+        r = source_add_host_page(s, batch, extent, b, host);
         STATS_ADD(s->stats.working_set_pages,
                   asked_before ? block_pages_per_host(b) : 0);
     }
+    return r;
 }
 
 /*
@@ -326,16 +329,15 @@ static struct result fill_postcopy(struct source *s, struct batch *batch,
     if (urgent_take_hint(s)) {
         s->ahead = ahead_pages(s);
     }
-    while (batch_bytes(batch) < most &&
+    while (RESULT_IS_OK(r) && batch_bytes(batch) < most &&
            next_unasked(s, &b, &host, &asked_before)) {
         if (batch->pages + block_pages_per_host(b) > BATCH_PAGES) {
             break; /* it opens the next batch */
         }
         r = source_check(s, b, host);
-        if (!RESULT_IS_OK(r)) {
-            break;
+        if (RESULT_IS_OK(r)) {
+            r = add_owed(s, batch, b, host, asked_before);
         }
-        add_owed(s, batch, b, host, asked_before);
     }
     return r;
 }

@@ -281,13 +281,44 @@ uint64_t ram_largest_page(const struct ram *ram)
     return size;
 }
 
+static bool is_cut_off(const struct ram_block *b)
+{
+    struct stat file;
+
+    return fstat(b->fd, &file) < 0 ||
+           (uint64_t)file.st_size < b->start + b->length;
+}
+
 uint64_t ram_next_data(const struct ram_block *b, uint64_t offset)
 {
     off_t data = lseek(b->fd, (off_t)(b->start + offset), SEEK_DATA);
 
     if (data < 0) {
-        return errno == ENXIO ? b->length : offset;
+        return errno == ENXIO && !is_cut_off(b) ? b->length : offset;
     }
     offset = (uint64_t)data - b->start;
     return offset < b->length ? offset : b->length;
+}
+
+struct result ram_read(const struct ram_block *b, uint64_t offset, void *to,
+                       uint64_t length)
+{
+    uint64_t done = 0;
+
+    while (done < length) {
+        ssize_t n = pread(b->fd, (uint8_t *)to + done, length - done,
+                          (off_t)(b->start + offset + done));
+
+        if (n > 0) {
+            done += (uint64_t)n;
+        } else if (n == 0 || errno != EINTR) {
+            struct result r =
+                n ? result_errno(RESULT_HOST, "read of stored RAM", errno) :
+                    result_of(RESULT_HOST, "stored RAM is cut off");
+
+            r.offset = offset + done;
+            return r;
+        }
+    }
+    return result_ok();
 }

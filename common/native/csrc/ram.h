@@ -93,9 +93,16 @@ uint64_t ram_kept_length(const struct ram *ram);
 struct ram_block *ram_find(struct ram *ram, const void *name, size_t length);
 /*
  * First byte at or after `offset` of the block's file that may hold data; its
- * length if there is none. A file system that cannot tell says `offset`.
+ * length if there is none. A file system that cannot tell says `offset`, and so
+ * does a file that ends before the block: what it lacks is no hole.
  */
 uint64_t ram_next_data(const struct ram_block *b, uint64_t offset);
+/*
+ * Read [offset, offset + length) of the block from its file, not through the
+ * mapping. RESULT_HOST with the offset that could not be read.
+ */
+struct result ram_read(const struct ram_block *b, uint64_t offset, void *to,
+                       uint64_t length);
 /* Of all blocks' host pages; bytes. */
 uint64_t ram_largest_page(const struct ram *ram);
 /* The block that the guest's process maps at `address`, or NULL. */

@@ -22,9 +22,12 @@ struct result source_open(struct source *s, struct ram *ram,
     return r;
 }
 
-void source_serve(struct source *s, struct stored *stored)
+struct result source_serve(struct source *s, struct stored *stored)
 {
+    struct result r = batch_copy(&s->batch);
+
     s->stored = stored;
+    return RESULT_IS_OK(r) ? batch_copy(&s->urgent_batch) : r;
 }
 
 void source_await(struct source *s, struct arriving *arriving)
@@ -82,12 +85,19 @@ void source_yield(struct source *s, bool yield)
     source_wake(s);
 }
 
-void source_add_page(struct source *s, struct batch *batch, struct extent *e,
-                     const struct ram_block *b, uint64_t page)
+struct result source_add_page(struct source *s, struct batch *batch,
+                              struct extent *e, const struct ram_block *b,
+                              uint64_t page)
 {
-    if (batch_add_page(batch, e, b, page)) {
+    bool hole;
+    struct result r = batch_add_page(batch, e, b, page, &hole);
+
+    if (!RESULT_IS_OK(r)) {
+        stored_damaged(s->stored, b, r.offset);
+    } else if (hole) {
         STATS_ADD(s->stats.hole_pages, 1);
     }
+    return r;
 }
 
 void source_count(struct source *s, const struct batch *b)
@@ -188,8 +198,9 @@ uint64_t source_owed_pages(const struct source *s)
     return pages;
 }
 
-bool source_leaves_out(const struct source *s, struct extent *e,
-                       const struct ram_block *b, uint64_t host)
+bool source_leaves_out(const struct source *s, struct batch *batch,
+                       struct extent *e, const struct ram_block *b,
+                       uint64_t host)
 {
     uint64_t first = host << block_pages_bits(b);
     bool hole;
@@ -198,7 +209,7 @@ bool source_leaves_out(const struct source *s, struct extent *e,
         return false;
     }
     for (uint64_t i = 0; i < block_pages_per_host(b); i++) {
-        if (!batch_page_is_zero(e, b, first + i, &hole)) {
+        if (!batch_page_is_zero(batch, e, b, first + i, &hole)) {
             return false;
         }
     }
@@ -210,13 +221,15 @@ bool source_claim(struct ram_block *b, uint64_t host)
     return bitmap_test_and_clear(&b->owed, host);
 }
 
-void source_add_host_page(struct source *s, struct batch *batch,
-                          struct extent *e, const struct ram_block *b,
-                          uint64_t host)
+struct result source_add_host_page(struct source *s, struct batch *batch,
+                                   struct extent *e, const struct ram_block *b,
+                                   uint64_t host)
 {
     uint64_t first = host << block_pages_bits(b);
+    struct result r = result_ok();
 
-    for (uint64_t i = 0; i < block_pages_per_host(b); i++) {
-        source_add_page(s, batch, e, b, first + i);
+    for (uint64_t i = 0; i < block_pages_per_host(b) && RESULT_IS_OK(r); i++) {
+        r = source_add_page(s, batch, e, b, first + i);
     }
+    return r;
 }

@@ -89,7 +89,7 @@ struct result source_open(struct source *s, struct ram *ram,
                           uint32_t section_id);
 void source_close(struct source *s);
 /* The RAM is stored; `stored` is the caller's, open until source_close(). */
-void source_serve(struct source *s, struct stored *stored);
+struct result source_serve(struct source *s, struct stored *stored);
 /* The stored RAM is still arriving; likewise. Before any loop runs. */
 void source_await(struct source *s, struct arriving *arriving);
 /* A new epoch: channels are new, the cursors start over. */
@@ -137,17 +137,19 @@ static inline bool source_has(const struct source *s, const struct ram_block *b,
     return !s->arriving || arriving_has(s->arriving, b, host);
 }
 /* May this host page be left out? `e` as in batch_add_page(). */
-bool source_leaves_out(const struct source *s, struct extent *e,
-                       const struct ram_block *b, uint64_t host);
+bool source_leaves_out(const struct source *s, struct batch *batch,
+                       struct extent *e, const struct ram_block *b,
+                       uint64_t host);
 
 /* Look at limit, flow and yield again. */
 void source_wake(struct source *s);
-/* Add pages to a batch of this source; `e` as in batch_add_page(). */
-void source_add_page(struct source *s, struct batch *batch, struct extent *e,
-                     const struct ram_block *b, uint64_t page);
-void source_add_host_page(struct source *s, struct batch *batch,
-                          struct extent *e, const struct ram_block *b,
-                          uint64_t host);
+/* Add pages to a batch of this source; as batch_add_page(). */
+struct result source_add_page(struct source *s, struct batch *batch,
+                              struct extent *e, const struct ram_block *b,
+                              uint64_t page);
+struct result source_add_host_page(struct source *s, struct batch *batch,
+                                   struct extent *e, const struct ram_block *b,
+                                   uint64_t host);
 /* They were written. */
 void source_count(struct source *s, const struct batch *b);
 

@@ -62,6 +62,16 @@ void stored_restart(struct stored *st)
     st->working_set.first_next = 0;
 }
 
+void stored_damaged(struct stored *st, const struct ram_block *b,
+                    uint64_t offset)
+{
+    uint64_t block = (uint64_t)(b - st->ram->blocks);
+    uint64_t region = offset >> CHECKSUM_REGION_BITS;
+
+    __atomic_store_n(&st->damage, 1 + (block << DAMAGE_BITS | region),
+                     __ATOMIC_RELAXED);
+}
+
 struct result stored_check(struct stored *st, const struct ram_block *b,
                            uint64_t offset, uint64_t length)
 {
@@ -72,10 +82,7 @@ struct result stored_check(struct stored *st, const struct ram_block *b,
         r = checksums_verify(&st->blocks[block].checksums, offset, length);
     }
     if (r.kind == RESULT_HOST) {
-        uint64_t region = r.offset >> CHECKSUM_REGION_BITS;
-
-        __atomic_store_n(&st->damage, 1 + (block << DAMAGE_BITS | region),
-                         __ATOMIC_RELAXED);
+        stored_damaged(st, b, r.offset);
     }
     return r;
 }

@@ -2,7 +2,8 @@
  * RAM that comes from a store: what its source does differently.
  *
  * Before the first page of a region is looked at, the region is compared with
- * its checksum: a page that is not what was stored is never sent.
+ * its checksum: a page that is not what was stored is never sent. The file is
+ * read, not mapped: whoever cuts it off ends the migration, and no more.
  *
  * A destination may have no need of pages of zeroes: where nothing was sent it
  * finds zeroes anyway. Then the pump leaves them out. Their bits in `owed` stay
@@ -43,7 +44,10 @@ void stored_restart(struct stored *st);
 /* Compare what [offset, offset + length) of a block touches. Any thread. */
 struct result stored_check(struct stored *st, const struct ram_block *b,
                            uint64_t offset, uint64_t length);
-/* True, with the place, if a region was not what was stored. */
+/* [offset, ...) of a block cannot be read, or is not what was stored. */
+void stored_damaged(struct stored *st, const struct ram_block *b,
+                    uint64_t offset);
+/* True, with the region's place, if that was found of any. */
 bool stored_damage(const struct stored *st, uint32_t *block, uint64_t *offset);
 /* How many regions were compared and found right. */
 uint64_t stored_verified(const struct stored *st);

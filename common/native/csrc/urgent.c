@@ -65,7 +65,7 @@ static bool may_go_along(struct source *s, const struct ram_block *b,
     return !s->stored ||
            (bitmap_test(&b->owed, host) && source_has(s, b, host) &&
             RESULT_IS_OK(source_check(s, b, host)) &&
-            !source_leaves_out(s, NULL, b, host));
+            !source_leaves_out(s, &s->urgent_batch, NULL, b, host));
 }
 
 /* What went along would have been asked for next, perhaps. */
@@ -79,19 +79,24 @@ static void note_page(struct source *s, const struct ram_block *b,
     }
 }
 
-static void add_neighbours(struct source *s, struct batch *batch,
-                           struct ram_block *b, uint64_t host)
+static struct result add_neighbours(struct source *s, struct batch *batch,
+                                    struct ram_block *b, uint64_t host)
 {
+    struct result r = result_ok();
     uint64_t most = flow_bytes_in(&s->flow, NEIGHBOURS_NS) >> TARGET_PAGE_BITS;
     uint64_t end = host + 1 + (most < NEIGHBOURS_MAX ? most : NEIGHBOURS_MAX);
 
-    for (uint64_t h = host + 1; h < end && h < block_hosts(b); h++) {
+    if (end > block_hosts(b)) {
+        end = block_hosts(b);
+    }
+    for (uint64_t h = host + 1; h < end && RESULT_IS_OK(r); h++) {
         if (may_go_along(s, b, h) && source_claim(b, h)) {
-            source_add_host_page(s, batch, NULL, b, h);
+            r = source_add_host_page(s, batch, NULL, b, h);
             STATS_ADD(s->stats.neighbour_pages, 1);
             note_page(s, b, h);
         }
     }
+    return r;
 }
 
 static struct result write_urgent_locked(struct source *s, struct ram_block *b,
@@ -99,6 +104,7 @@ static struct result write_urgent_locked(struct source *s, struct ram_block *b,
 {
     struct batch *batch = &s->urgent_batch;
     bool own_channel = s->urgent != s->main;
+    struct result r;
 
     if (own_channel) {
         batch_reset(batch);
@@ -106,10 +112,14 @@ static struct result write_urgent_locked(struct source *s, struct ram_block *b,
     } else {
         batch_begin_part(batch, s->section_id);
     }
-    source_add_host_page(s, batch, NULL, b, host);
+    r = source_add_host_page(s, batch, NULL, b, host);
     note_page(s, b, host);
-    if (own_channel && !block_is_huge(b) && comes_in_a_row(s, b, host)) {
-        add_neighbours(s, batch, b, host);
+    if (own_channel && !block_is_huge(b) && comes_in_a_row(s, b, host) &&
+        RESULT_IS_OK(r)) {
+        r = add_neighbours(s, batch, b, host);
+    }
+    if (!RESULT_IS_OK(r)) {
+        return r;
     }
     if (own_channel) {
         s->urgent->last_block = batch->last;

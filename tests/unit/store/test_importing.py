@@ -494,6 +494,30 @@ def test_a_full_disk(tmp_path: Path, content: bytes):
 
 # --- virsh save ----------------------------------------------------------------------
 
+# As libvirt 9.0.0 wrote it, `virsh save` with format raw; the rest of it is zero.
+LIBVIRT_HEAD = bytes.fromhex(
+    "4c69627669727451656d756453617665 02000000 08060100 01000000 00000000 1c050000"
+)
+LIBVIRT_STREAM = 92 + 0x10608
+
+
+def libvirt_image() -> bytes:
+    xml = Path(saved.__file__).with_name("libvirt-9.0.xml").read_bytes()
+    xml, begin, cookie = xml.partition(b"<cookie>")
+    head = LIBVIRT_HEAD.ljust(92, b"\0") + xml + b"\0" + begin + cookie
+    return head.ljust(LIBVIRT_STREAM, b"\0")
+
+
+async def test_an_image_of_libvirt_itself(tmp_path: Path):
+    await bring(tmp_path, libvirt_image() + PLAIN)
+    with Parked.open(tmp_path / "vm") as parked:
+        parked.verify()
+        xml = parked.description["libvirt-xml"]
+        assert parked.manifest.run_state == "running"
+    assert xml.startswith("<domain type='qemu'>\n  <name>web1</name>")
+    assert xml.endswith("</domain>\n")
+    assert "cookie" not in xml
+
 
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("running", [True, False])
