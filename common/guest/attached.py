@@ -43,6 +43,8 @@ class AttachedGuest:
     says which. From there on every request raises GuestError.
     """
 
+    outlives_host = False
+
     def __init__(
         self,
         sock: trio.socket.SocketType,

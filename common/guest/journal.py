@@ -11,6 +11,7 @@ import os
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from common.errors import HostError
 from common.guest.keeping import identity
 from common.guest.note import LENGTH, Note
 
@@ -49,7 +50,7 @@ class Journal(Generic[R]):
         """
         fd = self.keeping.make(self._name, LENGTH)
         try:
-            self._hold(Note(fd))
+            self._hold(Note(fd, durable=self._guest.outlives_host))
             self._save()
             await self.keeping.keep(self._name, fd)
         finally:
@@ -58,14 +59,22 @@ class Journal(Generic[R]):
     def find(self) -> Mapping[str, Json] | None:
         """What a daemon before us wrote of this very guest; from now on it is ours.
 
-        HostError if that daemon still lives.
+        HostError if that daemon still lives, or if what it wrote of a guest that
+        may be nowhere else cannot be read.
         """
         if (fd := self.keeping.find(self._name)) is None:
             return None
-        note = Note(fd)
+        note = Note(fd, durable=self._guest.outlives_host)
         content = note.read_untrusted()
         if content is None or content.get("guest") != identity(self._guest):
+            lost = self._guest.outlives_host and not note.is_blank
             note.close()
+            if lost:
+                raise HostError(
+                    "what a daemon before this one has noted of this VM is damaged:"
+                    " if the source has it still, or a copy is elsewhere, remove the"
+                    " directory"
+                )
             return None
         self._hold(note)
         return content

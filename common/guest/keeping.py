@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import fcntl
 import glob
+import hashlib
 import logging
 import os
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from common.errors import GuestError, HostError
 from common.host.systemd import STORED, Notifier
+from common.qmp import message
+from common.store import files
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +29,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _KEPT: Final = ".kept"
-_NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
@@ -85,13 +88,19 @@ def check_kept(fd: int, length: int) -> None:
         raise HostError(f"a kept file has {status.st_size} bytes, expected {length}")
 
 
-def identity(guest: Guest) -> Json:
-    """By which a guest is known again: its blocks, and the files behind them."""
-    return [
-        [block.idstr, block.length, block.base, status.st_dev, status.st_ino]
-        for block in guest.blocks
-        for status in (os.fstat(block.fd),)
-    ]
+def identity(guest: Guest) -> str:
+    """By which a guest is known again: its blocks, and the files behind them.
+
+    Those of a guest that outlives the host may get other numbers.
+    """
+    digest = hashlib.sha256()
+    for block in guest.blocks:
+        facts: list[Json] = [block.idstr, block.length, block.base]
+        if not guest.outlives_host:
+            status = os.fstat(block.fd)
+            facts += [status.st_dev, status.st_ino]
+        digest.update(message.encode(facts))
+    return digest.hexdigest()
 
 
 class KeptFiles:
@@ -102,20 +111,16 @@ class KeptFiles:
         self.found: dict[str, int] = {}
         for path in glob.glob(f"{glob.escape(prefix)}.*{_KEPT}"):
             name = path.removeprefix(f"{prefix}.").removesuffix(_KEPT)
-            self.found[name] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            with files.named(Path(path), "open"):
+                self.found[name] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
     def _path(self, name: str) -> str:
         return f"{self._prefix}.{name}{_KEPT}"
 
     def make(self, name: str, length: int) -> int:
-        """A new file of zeroes; HostError. The caller closes it."""
+        """A new file of zeroes that has its room; HostError. The caller closes it."""
         self.forget(name)
-        try:
-            fd = os.open(self._path(name), _NEW, 0o600)
-            os.ftruncate(fd, length)
-        except OSError as error:
-            raise HostError(f"{self._path(name)}: {error.strerror}") from None
-        return fd
+        return files.create_solid(Path(self._path(name)), length)
 
     def forget(self, name: str) -> None:
         with suppress(FileNotFoundError):

@@ -30,10 +30,12 @@ _HEAD: Final = struct.Struct("<QII")  # number, length of the text, checksum of 
 class Note:
     """The note in the file behind `fd`, which stays the caller's.
 
-    HostError if another process holds it, or the file is too short.
+    `durable`: what is written is on the disk when `write` returns. HostError if
+    another process holds it, or the file is too short.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, *, durable: bool = False) -> None:
+        self._durable = durable
         # An open file of our own: the one behind `fd` is shared with whoever
         # keeps it, and would keep the lock as well.
         self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
@@ -60,6 +62,11 @@ class Note:
             return 0, b""
         return number, text
 
+    @property
+    def is_blank(self) -> bool:
+        """Nothing was ever written, not even a part."""
+        return not any(os.pread(self._fd, LENGTH, 0))
+
     def read_untrusted(self) -> Mapping[str, Json] | None:
         """What was written last; None: nothing, or nothing that is a note."""
         try:
@@ -69,14 +76,28 @@ class Note:
         return content if isinstance(content, dict) else None
 
     def write(self, content: Mapping[str, Json]) -> None:
-        """Replace the note; ValueError if it is too long for its slot."""
+        """Replace the note; HostError, or ValueError if it is too long for a slot."""
         text = message.encode(content)
         if len(text) > SLOT - _HEAD.size:
             raise ValueError(f"a note of {len(text)} bytes")
         self._number += 1
         head = _HEAD.pack(self._number, len(text), _checksum(self._number, text))
-        os.pwrite(self._fd, head + text, self._number % 2 * SLOT)
+        self._put(head + text, self._number % 2 * SLOT)
         self._text = text
+
+    def _put(self, slot: bytes, at: int) -> None:
+        try:
+            written = os.pwrite(self._fd, slot, at)
+            if self._durable:
+                os.fsync(self._fd)
+        except OSError as error:
+            raise HostError(
+                "what has to outlive this daemon cannot be written down:"
+                f" {error.strerror}; make room",
+                errno=error.errno,
+            ) from None
+        if written != len(slot):
+            raise HostError("no room to write down what has to outlive this daemon")
 
     def close(self) -> None:
         os.close(self._fd)

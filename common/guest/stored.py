@@ -92,6 +92,7 @@ class StoredGuest:
     abilities = 0
     state = GuestState.PAUSED
     is_gone = False
+    outlives_host = False
 
     def __init__(
         self,

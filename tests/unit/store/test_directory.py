@@ -447,5 +447,6 @@ async def test_a_full_disk_in_the_end(tmp_path: Path):
 def test_receiving_is_readable(tmp_path: Path):
     stored.begin(tmp_path / "vm").close()
     lines = (tmp_path / "vm" / receiving.NAME).read_text().splitlines()
-    assert json.loads(lines[0]) == {"advised": True}
-    assert json.loads(lines[1])["name"] == "pc.ram"
+    assert json.loads(lines[0]) == {"boot": receiving.this_boot().boot}
+    assert json.loads(lines[1]) == {"advised": True}
+    assert json.loads(lines[2])["name"] == "pc.ram"
