@@ -92,7 +92,8 @@ def write_again(fd: int, path: Path) -> None:
         end = os.fstat(fd).st_size
         at = _next_data(fd, 0)
         while at < end:
-            piece = os.pread(fd, _PIECE, at)
+            hole = os.lseek(fd, at, os.SEEK_HOLE)
+            piece = os.pread(fd, min(_PIECE, hole - at), at)
             at = _next_data(fd, at + os.pwrite(fd, piece, at))
 
 
