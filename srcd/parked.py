@@ -82,7 +82,8 @@ class Serving:
         try:
             await self.mark_before(mark)
         except HostError as error:
-            # It runs there all the same, and needs its pages.
+            # It runs there all the same, and needs its pages; `completed` tries again.
+            self._mark = mark
             log.error("no mark that the VM runs at %s: %s", mark, error)
 
     async def unmark(self) -> None:

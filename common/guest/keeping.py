@@ -109,10 +109,15 @@ class KeptFiles:
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
         self.found: dict[str, int] = {}
-        for path in glob.glob(f"{glob.escape(prefix)}.*{_KEPT}"):
-            name = path.removeprefix(f"{prefix}.").removesuffix(_KEPT)
-            with files.named(Path(path), "open"):
+        for name in self._names():
+            path = Path(self._path(name))
+            with files.named(path, "open"):
                 self.found[name] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+    def _names(self) -> list[str]:
+        paths = glob.glob(f"{glob.escape(self._prefix)}.*{_KEPT}")
+        start = f"{self._prefix}."
+        return [path.removeprefix(start).removesuffix(_KEPT) for path in paths]
 
     def _path(self, name: str) -> str:
         return f"{self._prefix}.{name}{_KEPT}"
@@ -127,6 +132,10 @@ class KeptFiles:
             os.unlink(self._path(name))
         if name in self.found:
             os.close(self.found.pop(name))
+
+    def forget_all(self) -> None:
+        for name in self._names():
+            self.forget(name)
 
     def close(self) -> None:
         """The files stay."""

@@ -108,15 +108,15 @@ class StoredGuest:
         try:
             self.parked.lock(clone=clone)
             self.mark = None if clone else self._where()
+            self.clone = clone
             if self.mark and not self.mark.pending:
                 self.check_elsewhere()
+            # Of one that runs once, the directory alone is enough to go on with it.
+            self._kept = KeptFiles(beside if clone else f"{directory}/serving")
         except HostError:
             self.parked.close()
             raise
-        # Of one that runs once, the directory alone is enough to go on with it.
-        self._kept = KeptFiles(beside if clone else f"{directory}/serving")
         self.machine = self.parked.manifest.machine
-        self.clone = clone
         self.lazy = lazy
         self.learns = learns
         self.blocks: Sequence[RamBlock] = self._opened()
@@ -137,9 +137,14 @@ class StoredGuest:
         text = self.parked.running
         return Mark.parse(text) if text else None
 
+    def mark_gone(self, mark: Mark) -> None:
+        """As a daemon before us had begun to; HostError."""
+        self.parked.mark_running(str(mark))
+        self.mark = mark
+
     def check_elsewhere(self) -> None:
-        """HostError if the VM runs elsewhere."""
-        if where := self.parked.running:
+        """HostError if the VM runs elsewhere, and this is no copy."""
+        if not self.clone and (where := self.parked.running):
             raise HostError(
                 f"{self.parked.path}: this VM runs elsewhere, {where}; serve a copy of"
                 " it with --clone"
@@ -192,7 +197,12 @@ class StoredGuest:
         raise GuestError("a parked VM is complete and loads nothing", request="load")
 
     async def quit(self) -> None:
-        """It does not run; what serves it still reads its files."""
+        """It does not run; what serves it still reads its files.
+
+        Whoever ends the serving of a copy does not want it taken up.
+        """
+        if self.clone:
+            self._kept.forget_all()
 
     def close(self) -> None:
         self._kept.close()
