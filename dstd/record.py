@@ -75,7 +75,7 @@ def record_of_untrusted(content: Mapping[str, Json]) -> Record:
             phase=Phase(given["phase"]),
             section_id=int(given["section_id"]),
             is_srcd=bool(given["is_srcd"]),
-            address=given["address"],
+            address=dict(given["address"]) if given["address"] else None,
             settings=dict(given["settings"]),
         )
     except (KeyError, TypeError, ValueError) as error:

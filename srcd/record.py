@@ -69,7 +69,7 @@ def record_of_untrusted(content: Mapping[str, Json]) -> Record:
             is_dstd=bool(given["is_dstd"]),
             preempt=given["preempt"],
             preempt_early=bool(given["preempt_early"]),
-            address=given["address"],
+            address=dict(given["address"]) if given["address"] else None,
             settings=dict(given["settings"]),
         )
     except (KeyError, TypeError, ValueError) as error:

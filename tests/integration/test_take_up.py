@@ -247,6 +247,8 @@ async def test_another_guest(guest: KeepingGuest, tmp_path: Path) -> None:
         {"section_id": -1},
         {"section_id": 1 << 32},
         {"settings": 7},
+        {"address": 7},
+        {"address": "tcp"},
     ],
 )
 def test_record_that_is_none(change: dict[str, Any]) -> None:
