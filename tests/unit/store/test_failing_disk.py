@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import trio
 from support import stored
 
-from common.store import files, receiving
+from common.store import files, manifest, receiving
 from common.store.directory import Parked, Parking
 
 if TYPE_CHECKING:
@@ -126,3 +127,40 @@ async def test_a_later_process_does_not_believe_them(tmp_path: Path) -> None:
         await again.commit(stored.STATE, stored.TEXT, "running", "")
     with await trio.to_thread.run_sync(Parked.open, tmp_path / "vm") as parked:
         parked.verify()
+
+
+_ONCE = """
+import sys, trio
+from pathlib import Path
+from support import stored
+
+trio.run(stored.park, Path(sys.argv[1]))
+"""
+
+
+@needs_strace
+def test_all_is_on_the_disk_before_it_is_a_vm(tmp_path: Path) -> None:
+    """Each file, then their names; then the manifest, and its name."""
+    program = tmp_path / "program.py"
+    program.write_text(_ONCE)
+    path, calls = tmp_path / "vm", tmp_path / "calls"
+    subprocess.run(
+        [
+            *("strace", "-f", "-y", "-o", calls),
+            *("-e", "trace=write,pwrite64,pwritev,fsync,rename"),
+            *(sys.executable, program, path),
+        ],
+        env={**os.environ, "PYTHONPATH": "tests"},
+        check=True,
+        timeout=60,
+    )
+    last: dict[str, str] = {}  # what was done last to each file before the rename
+    lines = iter(calls.read_text().splitlines())
+    for line in lines:
+        if "rename(" in line and f"{path}/{manifest.NAME}" in line:
+            break
+        if found := re.search(rf"(\w+)\(\d+<({path}(?:/[^>]*)?)>", line):
+            last[os.path.relpath(found[2], path)] = found[1]
+    needed = {*manifest.FILES, f"{manifest.NAME}.new", ".", "ram-0000", "ram-0001"}
+    assert {name for name, call in last.items() if call == "fsync"} >= needed
+    assert any(re.search(rf"fsync\(\d+<{path}>", line) for line in lines)
