@@ -166,6 +166,11 @@ class StoredGuest:
         )
 
     @property
+    def has_outlived(self) -> bool:
+        """Whether a daemon before us has begun to serve it, and not ended that."""
+        return bool(self.kept)
+
+    @property
     def kept(self) -> Mapping[str, int]:
         return self._kept.found
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -33,6 +34,7 @@ MIB = 1 << 20
 PENDING = "which still needs memory from here"
 RECORD = Record(postcopy=True, is_dstd=True, address=to_json(Tcp("10.0.0.9", "44")))
 QEMU = replace(RECORD, is_dstd=False)
+GONE = replace(QEMU, phase=Phase.GONE)
 MARK = Mark("10.0.0.9:44", True, True)
 
 
@@ -141,6 +143,23 @@ async def test_a_copy_that_was_quit_does_not(tmp_path: Path) -> None:
     guest = served(tmp_path, clone=True)
     assert await taken_up(guest) == "none"
     guest.close()
+
+
+def test_a_copy_whose_srcd_cannot_begin_goes_on(private_dir: Path) -> None:
+    """Nobody has given it up: its QEMU waits for the next one."""
+    trio.run(partial(left, clone=True), private_dir, GONE, None)
+    (record,) = private_dir.glob("*.kept")
+    content = record.read_bytes()
+    words = ("--parked", str(private_dir / "vm"), "--clone")
+    with (
+        pytest.raises(RuntimeError, match=r"srcd: .*No such file"),
+        Source(private_dir, *words, "--qmp", f"{private_dir}/no/such"),
+    ):
+        pass
+    assert record.read_bytes() == content
+    with Source(private_dir, *words) as src:
+        assert src.query()["status"] == M.POSTCOPY_PAUSED
+    assert not list(private_dir.glob("*.kept"))
 
 
 def test_a_mark_that_could_not_be_made(private_dir: Path) -> None:
