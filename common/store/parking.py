@@ -30,7 +30,6 @@ from common.stream import fields, section, vmdesc
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from contextlib import AbstractContextManager
-    from types import TracebackType
 
 log = logging.getLogger(__name__)
 
@@ -113,12 +112,7 @@ class Parking:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

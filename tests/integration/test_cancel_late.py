@@ -18,7 +18,7 @@ async def test_cancelled_while_failing() -> None:
         def lose_the_destination(name: str) -> None:
             if name == "STOP":
                 both.write_late(0, b"to be sent by the last pass")
-                outgoing._main.shutdown()
+                outgoing.channels.main.shutdown()
 
         async def cont() -> None:
             assert outgoing.cancellable

@@ -38,7 +38,7 @@ async def test_a_limit_set_while_the_guest_is_stopped_waits() -> None:
                 for page in range(64):
                     both.write_late(page * 8192, b"written just before the stop")
                 both.outgoing.settings.set_parameters({"max-bandwidth": 4096})
-                both.outgoing.apply_limits()
+                both.outgoing.settings_changed()
 
         both.on_event = order
         with trio.fail_after(10):  # at 4096 bytes a second it would be a minute
@@ -52,7 +52,7 @@ async def test_loops_that_are_stopped_leave_no_page_behind() -> None:
 
         def stop_the_loops(name: str) -> None:
             if name == "MIGRATION_PASS" and both.outgoing.times.stopped:
-                both.outgoing._main.stop.set()
+                both.outgoing.channels.main.stop.set()
 
         both.on_event = stop_the_loops
         both.outgoing.start_postcopy()

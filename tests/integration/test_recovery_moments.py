@@ -13,11 +13,12 @@ from common import address
 from common.errors import HostError
 from common.guest.base import GuestState
 from common.status import MigrationStatus as M
-from dstd import incoming
 from dstd.report import migration_info
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from dstd.peer import Peer
 
 MIB = 1 << 20
 PATIENCE = 30.0
@@ -78,16 +79,16 @@ async def both_wait(statuses: tuple[Status, Status], wanted: M, times: int = 1) 
         await status.wait(wanted, times)
 
 
-def first_time(both: Pair, do: Callable[[], Awaitable[None]], name: str) -> None:
-    """Do something in front of a step of the source, once."""
-    step = getattr(both.outgoing, name)
+def first_time(part: object, do: Callable[[], Awaitable[None]], name: str) -> None:
+    """Do something in front of a step of a part of the source, once."""
+    step = getattr(part, name)
 
     async def instead() -> None:
-        setattr(both.outgoing, name, step)
+        setattr(part, name, step)
         await do()
         await step()
 
-    setattr(both.outgoing, name, instead)
+    setattr(part, name, instead)
 
 
 @both_ways
@@ -96,9 +97,9 @@ async def test_resume_is_as_good_as_commit(capabilities: tuple[str, ...]) -> Non
     with pair(4 * MIB, *capabilities) as both:
 
         async def lose_it() -> None:
-            both.outgoing._main.break_connection()
+            both.outgoing.channels.main.break_connection()
 
-        first_time(both, lose_it, "_commit")
+        first_time(both.outgoing.switchover, lose_it, "_commit")
         async with postcopy(both) as statuses:
             await both_wait(statuses, M.POSTCOPY_PAUSED)
             assert both.target.state is not GuestState.RUNNING
@@ -119,9 +120,9 @@ async def test_nothing_is_owed_any_more(capabilities: tuple[str, ...]) -> None:
 
         async def lose_it() -> None:
             await both.incoming.memory.complete()
-            both.outgoing._main.break_connection()
+            both.outgoing.channels.main.break_connection()
 
-        first_time(both, lose_it, "_end_postcopy")
+        first_time(both.outgoing.postcopy, lose_it, "_end")
         async with postcopy(both) as statuses:
             await both_wait(statuses, M.POSTCOPY_PAUSED)
             sent = both.outgoing.pump.stats.background_pages
@@ -137,13 +138,14 @@ async def test_nothing_is_owed_any_more(capabilities: tuple[str, ...]) -> None:
 async def test_the_last_word_was_lost(capabilities: tuple[str, ...]) -> None:
     """The destination has completed and tells a source that comes back."""
     with pair(4 * MIB, *capabilities) as both:
-        complete = both.incoming._complete
+        arrival = both.incoming.arrival
+        complete = arrival.complete
 
-        async def lose_it(link: incoming.Connection) -> None:
-            link.break_connection()
-            await complete(link)
+        async def lose_it(peer: Peer) -> None:
+            both.incoming.pause()
+            await complete(peer)
 
-        both.incoming._complete = lose_it  # type: ignore[method-assign]
+        arrival.complete = lose_it  # type: ignore[method-assign]
         async with postcopy(both) as (source, destination):
             await source.wait(M.POSTCOPY_PAUSED)
             await destination.wait(M.COMPLETED)
@@ -158,9 +160,9 @@ async def test_order_to_listen_replaces_the_one_before() -> None:
     with pair(4 * MIB, "postcopy-ram") as both:
 
         async def lose_it() -> None:
-            both.outgoing._main.break_connection()
+            both.outgoing.channels.main.break_connection()
 
-        first_time(both, lose_it, "_end_postcopy")
+        first_time(both.outgoing.postcopy, lose_it, "_end")
         path = both.source_file.with_name("socket")
         async with postcopy(both) as statuses:
             await both_wait(statuses, M.POSTCOPY_PAUSED)
@@ -184,7 +186,7 @@ async def test_order_to_listen_replaces_the_one_before() -> None:
 
 async def test_faults_are_answered_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the kernel refuses once does not leave the guest without answers."""
-    monkeypatch.setattr(incoming, "FAULTS_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr("dstd.postcopy.FAULTS_AGAIN_SECONDS", 0.01)
     with pair(4 * MIB, "postcopy-ram") as both:
         answered = trio.Event()
         errors: list[str] = []
@@ -199,7 +201,7 @@ async def test_faults_are_answered_again(monkeypatch: pytest.MonkeyPatch) -> Non
             await trio.sleep_forever()
 
         both.incoming.memory.faults = refused  # type: ignore[method-assign]
-        first_time(both, answered.wait, "_end_postcopy")
+        first_time(both.outgoing.postcopy, answered.wait, "_end")
         async with postcopy(both) as statuses:
             await both_wait(statuses, M.COMPLETED)
         assert M.POSTCOPY_PAUSED not in statuses[1].seen

@@ -33,7 +33,7 @@ def _begin_paused(both: Pair) -> None:
         both.source,
         both.outgoing.settings,
         status.outgoing(),
-        both.outgoing._emit,
+        both._event,
         lambda _: None,
     )
 
