@@ -9,7 +9,6 @@ becomes of connections: what is here is served while the rest cannot come.
 from __future__ import annotations
 
 import logging
-import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
@@ -94,12 +93,7 @@ class Postcopy:
         """
         journal = self._arrival.journal
         if self._arrival.parking or not peer.is_srcd:
-            fd = journal.keeping.make(PACKAGE, len(blob))
-            try:
-                os.pwrite(fd, blob, 0)
-                await journal.keeping.keep(PACKAGE, fd)
-            finally:
-                os.close(fd)
+            await journal.keeping.keep_content(PACKAGE, blob)
         journal.write(phase=Phase.PACKAGED)
 
     async def _load_and_run(

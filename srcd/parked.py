@@ -38,7 +38,8 @@ class Serving:
         self._guest = guest
         self._pump = pump
         self._first = guest.parked.working_set if guest.learns else ()
-        self._mark: Mark | None = self.gone
+        self._mark: Mark | None = self.gone  # the one that there is to be
+        self._written = self.gone
         parked = guest.parked
         if isinstance(parked, Arriving):
             pump.serve_stored(None, ())
@@ -72,10 +73,11 @@ class Serving:
 
         HostError if that cannot be marked: it must not run then.
         """
-        if self._guest.clone or mark == self._mark:
+        if self._guest.clone or mark == self._written:
             return
-        await trio.to_thread.run_sync(self._guest.parked.mark_running, str(mark))
         self._mark = mark
+        await trio.to_thread.run_sync(self._guest.parked.mark_running, str(mark))
+        self._written = mark
 
     async def mark_running(self, mark: Mark) -> None:
         """From now on the VM runs there; nobody may serve it a second time."""
@@ -83,14 +85,13 @@ class Serving:
             await self.mark_before(mark)
         except HostError as error:
             # It runs there all the same, and needs its pages; `completed` tries again.
-            self._mark = mark
             log.error("no mark that the VM runs at %s: %s", mark, error)
 
     async def unmark(self) -> None:
         """It does not run there after all."""
         if not self._mark:
             return
-        self._mark = None
+        self._mark = self._written = None
         try:
             await trio.to_thread.run_sync(self._guest.parked.unmark_running)
         except HostError as error:

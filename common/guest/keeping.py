@@ -63,10 +63,28 @@ class Keeping:
             self._notifier.discard(STORED + name)
             self._notifier.store(STORED + name, [fd])
 
+    async def keep_content(self, name: str, content: bytes) -> None:
+        """Have a file with this content kept; HostError, or GuestError as above."""
+        fd = self.make(name, len(content))
+        try:
+            _write(fd, name, content)
+            await self.keep(name, fd)
+        finally:
+            os.close(fd)
+
     async def forget(self, name: str) -> None:
         """Nobody needs it any more."""
         self._notifier.discard(STORED + name)
         await self._guest.forget(name)
+
+
+def _write(fd: int, name: str, content: bytes) -> None:
+    try:
+        written = os.pwrite(fd, content, 0)
+    except OSError as error:
+        raise HostError(f"no room to keep {name} in: {error.strerror}") from None
+    if written != len(content):
+        raise HostError(f"no room to keep {name} in")
 
 
 def memory_file(name: str, length: int) -> int:

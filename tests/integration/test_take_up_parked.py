@@ -7,6 +7,7 @@ elsewhere; between the two there is always a moment.
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import pytest
 import trio
 from support import stored
 from support.daemons import Destination, Source
+from support.relay import Relay
 
 from common.address import Tcp, to_json
 from common.errors import HostError
@@ -22,7 +24,7 @@ from common.guest.keeping import Keeping
 from common.guest.stored import Mark, StoredGuest
 from common.monitor import Monitor, guest_runs
 from common.status import MigrationStatus as M
-from common.store.directory import Parking
+from common.store.directory import Parked, Parking
 from srcd.commands import SourceCommands
 from srcd.record import Phase, Record, new_journal
 
@@ -36,6 +38,14 @@ RECORD = Record(postcopy=True, is_dstd=True, address=to_json(Tcp("10.0.0.9", "44
 QEMU = replace(RECORD, is_dstd=False)
 GONE = replace(QEMU, phase=Phase.GONE)
 MARK = Mark("10.0.0.9:44", True, True)
+
+
+def make(path: Path) -> None:
+    """A parked VM that a dstd takes, too."""
+    with Parking.create(path) as parking:
+        parking.set_configuration(stored.CONFIGURATION, advised=True)
+        stored.fill(parking.add_block("ram", MIB, PAGE), MIB)
+        trio.run(parking.commit, stored.STATE, None, "running", "")
 
 
 def served(place: Path, *, clone: bool = False) -> StoredGuest:
@@ -164,10 +174,7 @@ def test_a_copy_whose_srcd_cannot_begin_goes_on(private_dir: Path) -> None:
 
 def test_a_mark_that_could_not_be_made(private_dir: Path) -> None:
     """The VM runs at a dstd, and nothing says so: that is made good in the end."""
-    with Parking.create(private_dir / "vm") as parking:
-        parking.set_configuration(stored.CONFIGURATION, advised=True)
-        stored.fill(parking.add_block("ram", MIB, PAGE), MIB)
-        trio.run(parking.commit, stored.STATE, None, "running", "")
+    make(private_dir / "vm")
     (private_dir / "vm" / "running.new").mkdir()
     with (
         Source(private_dir, "--parked", str(private_dir / "vm")) as src,
@@ -187,3 +194,42 @@ def test_a_mark_that_could_not_be_made(private_dir: Path) -> None:
     mark = (private_dir / "vm" / "running").read_text()
     assert "at dstd" in mark
     assert PENDING not in mark
+
+
+def wait_given_away(record: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not record.exists() or b'"gone"' not in record.read_bytes():
+        assert time.monotonic() < deadline
+
+
+def test_the_connection_is_lost_while_it_is_marked(private_dir: Path) -> None:
+    """dstd waits for COMMIT then, and nobody but this srcd can say it."""
+    make(private_dir / "vm")
+    fifo = private_dir / "vm" / "running.new"
+    os.mkfifo(fifo)  # to write to it takes until somebody reads
+    with (
+        Relay() as relay,
+        Source(private_dir, "--parked", str(private_dir / "vm")) as src,
+        Destination(private_dir, "--park", str(private_dir / "there")) as dst,
+    ):
+        for side in (src, dst):
+            side.set_capabilities()
+        src.migrate(relay.to(dst.listen()))
+        wait_given_away(private_dir / "vm" / "serving.outgoing.kept")
+        for link in relay.wait_links(1):
+            link.reset()
+        assert dst.wait_status("postcopy-paused", "failed") == "postcopy-paused"
+        assert src.query()["status"] == "device"
+        os.close(os.open(fifo, os.O_RDONLY))
+        seen = src.wait_status("postcopy-paused", "failed")
+        assert seen == "postcopy-paused", src.said
+        fifo.unlink(missing_ok=True)
+        dst.execute("migrate-recover", uri="tcp:127.0.0.1:0")
+        (address,) = dst.query()["socket-address"]
+        uri = f"tcp:{address['host']}:{address['port']}"
+        src.execute("migrate", uri=uri, resume=True)
+        assert src.wait_status("completed", "failed") == "completed", src.said
+        assert dst.wait_status("completed", "failed") == "completed"
+    with Parked.open(private_dir / "there") as there:
+        there.verify()
+    assert "at dstd" in (private_dir / "vm" / "running").read_text()
