@@ -95,6 +95,7 @@ class Postcopy:
         if self._arrival.parking or not peer.is_srcd:
             await journal.keeping.keep_content(PACKAGE, blob)
         journal.write(phase=Phase.PACKAGED)
+        await journal.settle()
 
     async def _load_and_run(
         self, peer: Peer, package: Package, nursery: trio.Nursery
@@ -103,6 +104,7 @@ class Postcopy:
         arrival = self._arrival
         await arrival.devices.load()
         arrival.journal.write(phase=Phase.LOADED)
+        await arrival.journal.settle()
         if arrival.parking:
             arrival.parking.keep()
         arrival.loaded = True

@@ -11,6 +11,8 @@ import os
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+import trio
+
 from common.errors import HostError
 from common.guest.keeping import identity
 from common.guest.note import LENGTH, Note
@@ -50,7 +52,7 @@ class Journal(Generic[R]):
         """
         fd = self.keeping.make(self._name, LENGTH)
         try:
-            self._hold(Note(fd, durable=self._guest.outlives_host))
+            self._hold(Note(fd))
             self._save()
             await self.keeping.keep(self._name, fd)
         finally:
@@ -64,7 +66,7 @@ class Journal(Generic[R]):
         """
         if (fd := self.keeping.find(self._name)) is None:
             return None
-        note = Note(fd, durable=self._guest.outlives_host)
+        note = Note(fd)
         content = note.read_untrusted()
         if content is None or content.get("guest") != identity(self._guest):
             lost = self._guest.outlives_host and not note.is_blank
@@ -84,6 +86,11 @@ class Journal(Generic[R]):
         self.record = replace(self.record, **changes)
         if self._note:
             self._save()
+
+    async def settle(self) -> None:
+        """What was written holds over the end of the host, too, if the guest does."""
+        if self._note and self._guest.outlives_host:
+            await trio.to_thread.run_sync(self._note.sync)
 
     async def end(self) -> None:
         """Whoever comes after us need not know of it."""

@@ -11,13 +11,14 @@ import fcntl
 import os
 import struct
 import zlib
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from common.errors import HostError
 from common.qmp import message
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from common.qmp.message import Json
 
@@ -30,12 +31,10 @@ _HEAD: Final = struct.Struct("<QII")  # number, length of the text, checksum of 
 class Note:
     """The note in the file behind `fd`, which stays the caller's.
 
-    `durable`: what is written is on the disk when `write` returns. HostError if
-    another process holds it, or the file is too short.
+    HostError if another process holds it, or the file is too short.
     """
 
-    def __init__(self, fd: int, *, durable: bool = False) -> None:
-        self._durable = durable
+    def __init__(self, fd: int) -> None:
         # An open file of our own: the one behind `fd` is shared with whoever
         # keeps it, and would keep the lock as well.
         self._fd = os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
@@ -82,25 +81,31 @@ class Note:
             raise ValueError(f"a note of {len(text)} bytes")
         self._number += 1
         head = _HEAD.pack(self._number, len(text), _checksum(self._number, text))
-        self._put(head + text, self._number % 2 * SLOT)
+        with _told():
+            written = os.pwrite(self._fd, head + text, self._number % 2 * SLOT)
+        if written != len(head + text):
+            raise HostError("no room to write down what has to outlive this daemon")
         self._text = text
 
-    def _put(self, slot: bytes, at: int) -> None:
-        try:
-            written = os.pwrite(self._fd, slot, at)
-            if self._durable:
-                os.fsync(self._fd)
-        except OSError as error:
-            raise HostError(
-                "what has to outlive this daemon cannot be written down:"
-                f" {error.strerror}; make room",
-                errno=error.errno,
-            ) from None
-        if written != len(slot):
-            raise HostError("no room to write down what has to outlive this daemon")
+    def sync(self) -> None:
+        """What was written is on the disk afterwards, which may take its time."""
+        with _told():
+            os.fsync(self._fd)
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise HostError(
+            "what has to outlive this daemon cannot be written down:"
+            f" {error.strerror}; make room",
+            errno=error.errno,
+        ) from None
 
 
 def _checksum(number: int, text: bytes) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import time
 from contextlib import contextmanager
@@ -19,10 +20,15 @@ from support.daemons import STATUS_SECONDS, Destination, Source, prepare
 
 from common.store import receiving
 from common.store.directory import Parked
+from common.stream import constants, returnpath
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+needs_strace = pytest.mark.skipif(
+    shutil.which("strace") is None, reason="needs strace to see what is synced"
+)
 
 MIB = 1 << 20
 PAGE = 4096
@@ -148,6 +154,38 @@ def test_damaged_record(private_dir: Path) -> None:
         kept.write_bytes(content)
         with vm.again() as dst:
             vm.finish(dst)
+
+
+@needs_strace
+def test_all_but_pages_is_on_the_disk_before_it_is_ours(private_dir: Path) -> None:
+    """The source gives it up when it reads PONG 3."""
+    directory, calls = private_dir / "vm", private_dir / "calls"
+    traced = ("strace", "-f", "-y", "-x", "-e", "trace=fsync,write,sendto,sendmsg")
+    with (
+        Source(private_dir, *GUEST) as src,
+        Destination(
+            private_dir,
+            *("--park", str(directory)),
+            wrapper=(*traced, "-o", str(calls)),
+        ) as dst,
+    ):
+        src.wait_filled()
+        prepare(src, dst)
+        src.set_capabilities("postcopy-ram")
+        src.set_parameters(max_bandwidth=SLOW)
+        src.migrate(dst.listen())
+        src.wait_status("active")
+        src.execute("migrate-start-postcopy")
+        assert src.wait_status("completed", "failed") == "completed"
+        assert dst.wait_status("completed", "failed") == "completed", dst.query()
+    pong = returnpath.encode(returnpath.Pong(constants.PING_LOADED))
+    shown = "".join(f"\\x{byte:02x}" for byte in pong)
+    before, found, _ = calls.read_text().partition(shown)
+    assert found
+    synced = re.findall(rf"fsync\(\d+<{directory}/?([^>]*)>", before)
+    assert {"", "configuration", "receiving"} <= set(synced)
+    assert {"kept-received", "kept-package"} <= set(synced)
+    assert synced.count("kept-incoming") >= 3
 
 
 def test_killed_while_it_waits(private_dir: Path) -> None:
