@@ -356,12 +356,20 @@ def kept_path(directory: Path, name: str) -> Path:
 
 
 def _clear(path: Path) -> None:
-    """Remove what may be ours; first what makes it a VM, and that for certain."""
+    """Remove what may be ours; first what makes it a VM, and that for certain.
+
+    Then what would be gone on with, and last what says that the rest may go.
+    """
     with files.named(path, "remove"):
         (path / manifest.NAME).unlink(missing_ok=True)
         files.sync_directory(path)
-        for name in filter(_OURS.fullmatch, os.listdir(path)):
+        ours = filter(_OURS.fullmatch, os.listdir(path))
+        for name in sorted(ours, key=_turn):
             os.unlink(path / name)
+
+
+def _turn(name: str) -> tuple[bool, bool]:
+    return name == receiving.NAME, not name.startswith(_KEPT)
 
 
 def _check_empty(path: Path) -> None:
