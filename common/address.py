@@ -5,13 +5,13 @@ Source: QEMU docs, `migrate` and `-incoming`; the error texts are QEMU's.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from common import sizes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from common.qmp.message import Json
 
@@ -116,7 +116,12 @@ def takes_many(address: Address) -> bool:
 
 # --- kept for another process --------------------------------------------------------
 
-_LASTING: Final = {"tcp": Tcp, "unix": Unix, "vsock": Vsock}
+_LASTING: Final[Mapping[str, type[Tcp | Unix | Vsock]]] = {
+    "tcp": Tcp,
+    "unix": Unix,
+    "vsock": Vsock,
+}
+_KINDS: Final[Mapping[str, Any]] = {"str": str, "bool": bool, "int | None": int | None}
 
 
 def to_json(address: Address | None) -> Mapping[str, Json] | None:
@@ -132,11 +137,14 @@ def of_json_untrusted(value: Json) -> Address | None:
     if not isinstance(value, dict) or value.get("type") not in [*_LASTING]:
         return None
     members: dict[str, Any] = dict(value)
-    made: Callable[..., Address] = _LASTING[members.pop("type")]
+    made = _LASTING[members.pop("type")]
+    kinds = {one.name: _KINDS[str(one.type)] for one in fields(made)}
+    if not all(isinstance(one, kinds.get(name, ())) for name, one in members.items()):
+        return None
     try:
         return made(**members)
     except TypeError:
-        return None
+        return None  # something is missing
 
 
 # --- QEMU's URIs ---------------------------------------------------------------------

@@ -213,8 +213,6 @@ def parse_options(
 ) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     """Read the verb and, of `serve`, the options that type `kind` lists.
 
-    `more` adds verbs of this program alone.
-
     What the file behind `--config` says comes first, as if it were written on
     the command line. Usage errors end the process with status 2. With `serve`
     the namespace has `file` besides, and `sockets` from the service manager.

@@ -15,6 +15,7 @@ from common import address
 from common.config import ConfigError
 from common.errors import MigrationError, cause_of
 from common.guest.attached import AttachedGuest
+from common.guest.stored import StoredGuest
 from common.host import journal
 from common.host.heartbeat import beat
 from common.host.systemd import Notifier, listening_socket, own_descriptors
@@ -45,10 +46,17 @@ def run(
     try:
         sys.exit(trio.run(serve, config))
     except (MigrationError, ExceptionGroup, OSError) as error:
-        cause = error if isinstance(error, OSError) else cause_of(error)
+        cause = cause_of(error) or _refusal(error)
         if cause is None:
             raise
         sys.exit(f"{program}: {cause}")
+
+
+def _refusal(error: Exception) -> OSError | None:
+    """What the kernel refused, if that is all: it names the file."""
+    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
+        (error,) = error.exceptions
+    return error if isinstance(error, OSError) else None
 
 
 async def serve_monitor(
@@ -106,7 +114,8 @@ async def responsible_for(
     try:
         yield
     except (MigrationError, OSError):
-        if not (isinstance(guest, AttachedGuest) and guest.has_outlived):
+        lasts = isinstance(guest, AttachedGuest | StoredGuest) and guest.has_outlived
+        if not lasts:
             await _end(guest, config)
         raise
     if monitor.guest_stays:

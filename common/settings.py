@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from common.errors import HostError
 from common.qmp import human_values, schema
 from common.qmp.session import CommandError
 
@@ -190,10 +191,19 @@ class Settings:
         return {"capabilities": on, "parameters": self.parameters()}
 
     def restore_untrusted(self, snapshot: Mapping[str, Json]) -> None:
-        """What was set when `snapshot` was made; CommandError if that cannot be.
+        """What was set when `snapshot` was made; HostError if that cannot be.
 
         Nothing is probed: the guest may be in the middle of its migration.
         """
+        try:
+            self._restore_untrusted(snapshot)
+        except CommandError as error:
+            raise HostError(
+                "the settings of the daemon before this one are not known here:"
+                f" {error}; go on with the release that it was of"
+            ) from None
+
+    def _restore_untrusted(self, snapshot: Mapping[str, Json]) -> None:
         on, parameters = snapshot.get("capabilities"), snapshot.get("parameters")
         if not isinstance(on, list) or not isinstance(parameters, dict):
             raise CommandError("kept settings that are none")

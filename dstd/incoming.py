@@ -239,9 +239,10 @@ class IncomingMigration:
         """All is here: load the device state, take the guest over, run it."""
         arrival, peer = self.arrival, link.peer
         await arrival.devices.load()
-        if arrival.parking:
-            await _park(arrival.parking, link)
-        arrival.journal.write(phase=Phase.ARRIVED)
+        if not arrival.parking:
+            arrival.journal.write(phase=Phase.ARRIVED)
+        else:
+            await self._park(arrival.parking, link)
         if peer.is_srcd:
             await peer.say(returnpath.Pong(c.PING_LOADED))
             await peer.wait_for_commit()
@@ -250,6 +251,16 @@ class IncomingMigration:
             await _let_go(peer, arrival.parking)
         await arrival.start(run=arrival.wanted_running)
         await arrival.complete(peer)
+
+    async def _park(self, parking: Parking, link: Connection) -> None:
+        """Before the source lets it go, or, where it does not wait, for certain."""
+        if link.peer.return_path:
+            await parking.commit(link.main.peer())
+            self.arrival.journal.write(phase=Phase.ARRIVED)
+        else:
+            # It is not the source's for certain any more: nothing may go away.
+            self.arrival.journal.write(phase=Phase.ARRIVED)
+            await parking.commit_surely(link.main.peer())
 
     # -- paused
 
@@ -312,14 +323,6 @@ class IncomingMigration:
         await link.peer.say(returnpath.ResumeAck())
         if await self._reception(link).nothing_more():
             await self.arrival.confirm(link.peer)
-
-
-async def _park(parking: Parking, link: Connection) -> None:
-    """Before the source lets it go, or, where it does not wait, for certain."""
-    if link.peer.return_path:
-        await parking.commit(link.main.peer())
-    else:
-        await parking.commit_surely(link.main.peer())
 
 
 async def _let_go(peer: Peer, parking: Parking | None) -> None:

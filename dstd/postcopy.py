@@ -9,7 +9,6 @@ becomes of connections: what is here is served while the rest cannot come.
 from __future__ import annotations
 
 import logging
-import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
@@ -94,13 +93,9 @@ class Postcopy:
         """
         journal = self._arrival.journal
         if self._arrival.parking or not peer.is_srcd:
-            fd = journal.keeping.make(PACKAGE, len(blob))
-            try:
-                os.pwrite(fd, blob, 0)
-                await journal.keeping.keep(PACKAGE, fd)
-            finally:
-                os.close(fd)
+            await journal.keeping.keep_content(PACKAGE, blob)
         journal.write(phase=Phase.PACKAGED)
+        await journal.settle()
 
     async def _load_and_run(
         self, peer: Peer, package: Package, nursery: trio.Nursery
@@ -109,6 +104,8 @@ class Postcopy:
         arrival = self._arrival
         await arrival.devices.load()
         arrival.journal.write(phase=Phase.LOADED)
+        if peer.is_srcd:  # of a QEMU's guest it was as good that it is packaged
+            await arrival.journal.settle()
         if arrival.parking:
             arrival.parking.keep()
         arrival.loaded = True

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from common.errors import HostError
 from common.guest.attached import INCOMING
 from common.guest.journal import Journal
-from common.store import arriving
+from common.store import arriving, parking
 from common.stream.constants import MAX_PACKAGE
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from common.guest.keeping import Keeping
     from common.qmp.message import Json
 
-RECEIVED: Final = arriving.RECEIVED
+RECEIVED: Final = parking.RECEIVED
 """Under which the bitmaps of ram_prepare_destination() are kept."""
 PACKAGE: Final = arriving.PACKAGE
 """Under which the device state of a QEMU is kept, which sends it only once."""
@@ -75,7 +75,7 @@ def record_of_untrusted(content: Mapping[str, Json]) -> Record:
             phase=Phase(given["phase"]),
             section_id=int(given["section_id"]),
             is_srcd=bool(given["is_srcd"]),
-            address=given["address"],
+            address=dict(given["address"]) if given["address"] else None,
             settings=dict(given["settings"]),
         )
     except (KeyError, TypeError, ValueError) as error:

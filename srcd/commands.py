@@ -18,7 +18,13 @@ from common.qmp.session import CommandError
 from common.status import MigrationStatus as M
 from common.tuning import USUAL, Tuning
 from srcd.outgoing import OutgoingMigration
-from srcd.record import Phase, gone_to, new_journal, record_of_untrusted
+from srcd.record import (
+    Phase,
+    gone_to,
+    mark_of,
+    new_journal,
+    record_of_untrusted,
+)
 from srcd.recovery import AutomaticRecovery
 from srcd.report import migration_info
 from srcd.written import Written
@@ -132,8 +138,8 @@ class SourceCommands:
         journal = new_journal(guest, self._keeping)
         content = journal.find()
         record = record_of_untrusted(content) if content else None
-        if isinstance(guest, StoredGuest) and guest.mark:
-            record = gone_to(guest.mark, record)
+        if isinstance(guest, StoredGuest):
+            record = await self._of_parked(guest, record, journal)
         if record is None:
             return
         journal.record = record
@@ -150,6 +156,31 @@ class SourceCommands:
         migration.take_up()
         self._recovery = AutomaticRecovery(migration, self._emit)
         self._nursery.start_soon(self._run, migration, None)
+
+    async def _of_parked(
+        self, guest: StoredGuest, record: Record | None, journal: Journal[Record]
+    ) -> Record | None:
+        """What there is to go on with; its mark may not have got as far as a record.
+
+        HostError if the VM runs elsewhere and needs nothing from here.
+        """
+        if guest.mark:
+            record = gone_to(guest.mark, record)
+        if record is None:
+            return None
+        if guest.clone:
+            over = record.phase is Phase.COMPLETED
+        else:
+            mark = mark_of(record)
+            if mark and not (guest.mark and mark.pending):
+                await trio.to_thread.run_sync(guest.mark_gone, mark)
+            # It refused, and the mark was taken away.
+            over = record.phase is Phase.PACKAGED and not record.is_dstd
+            over = over or bool(mark and not mark.pending)
+        if over:
+            await journal.end()
+            guest.check_elsewhere()
+        return None if over else record
 
     async def _keep_guest(self, record: Record, journal: Journal[Record]) -> None:
         """The migration is over; the guest goes on as it was before."""

@@ -77,6 +77,8 @@ class Departure:
         self.where = ""
         """The same, as a parked VM is marked with it."""
         self.owner = Owner.SOURCE
+        self.postcopy = False
+        """The package has left, or is about to; else this is precopy to its end."""
         self.was_running = False
         """When it was stopped for the switchover."""
         # A parked VM may run at once, and needs no precopy then.
@@ -114,7 +116,7 @@ class Departure:
     @property
     def mark(self) -> Mark:
         """Of a parked VM that is there."""
-        return Mark(self.where, self.peer.is_dstd, pending=self.wants_postcopy)
+        return Mark(self.where, self.peer.is_dstd, pending=self.postcopy)
 
     # -- what holds in each phase
 

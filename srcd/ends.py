@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Self
 
 from common import address
-from common.qmp.client import QmpClient
+from common.qmp.client import CommandFailed, QmpClient
 from common.status import MigrationStatus as M
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ END_SECONDS: Final = 5.0
 ANYWHERE: Final = ("", "0.0.0.0", "::")
 HERE: Final = "127.0.0.1"
 
+# What one meets that goes away, or is no server of QMP.
+_ODD: Final = (OSError, EOFError, ValueError, LookupError)
 _SCHEMES: Final = {address.Tcp: "tcp", address.Unix: "unix", address.Vsock: "vsock"}
 
 
@@ -93,7 +95,7 @@ class End:
         try:
             server = self._proxy() if place.host else place.socket
             self._client = QmpClient(server, timeout=timeout, oob=True)
-        except (OSError, EOFError, ValueError) as error:
+        except (*_ODD, CommandFailed) as error:
             self._end_proxy()
             raise self._unreachable(error) from None
 
@@ -137,12 +139,16 @@ class End:
         ask = self._client.execute_at_once if at_once else self._client.execute
         try:
             return ask(command, arguments)
-        except (OSError, EOFError, ValueError) as error:
+        except _ODD as error:
             raise self._unreachable(error) from None
 
     def look(self) -> Seen:
-        info = self._ask("query-migrate")
-        assert isinstance(info, Mapping)
+        try:
+            info = self._ask("query-migrate")
+        except CommandFailed as error:
+            raise self._unreachable(error) from None
+        if not isinstance(info, Mapping):
+            raise self._unreachable(ValueError("it speaks of no migration"))
         return Seen(
             status=str(info.get("status", M.NONE)),
             error=str(info.get("error-desc", "")),

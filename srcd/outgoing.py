@@ -301,13 +301,14 @@ class OutgoingMigration:
         departure.error = self.channels.why_broken() or error
         if self._ownership.may_be_lost(error):
             await self._ownership.give_away()
-            if departure.wants_postcopy:
-                self.status.set(M.POSTCOPY_ACTIVE)  # it may be, and can be resumed
+        given_away = departure.owner is Owner.DESTINATION
+        if given_away and departure.postcopy and self.status.now is M.DEVICE:
+            self.status.set(M.POSTCOPY_ACTIVE)  # it may be, and can be resumed
         if self.status.may(M.POSTCOPY_PAUSED):
             self.channels.close()
             self.status.set(M.POSTCOPY_PAUSED)
             return
-        if departure.owner is Owner.DESTINATION:
+        if given_away:
             departure.error = ChannelLost(
                 f"{error}; the destination was told to run the guest: see whether it"
                 " does before you continue it here"

@@ -35,6 +35,7 @@ class Ownership:
         COMMIT. HostError: it must not be sent.
         """
         departure = self._departure
+        departure.postcopy = postcopy
         if departure.parked and not departure.peer.is_dstd:
             await departure.parked.mark_before(departure.mark)
         departure.owner = Owner.PACKAGED

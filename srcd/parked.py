@@ -39,7 +39,8 @@ class Serving:
         self._pump = pump
         known = guest.learns and not guest.learn_seconds
         self._first = guest.parked.working_set if known else ()
-        self._mark: Mark | None = self.gone
+        self._mark: Mark | None = self.gone  # the one that there is to be
+        self._written = self.gone
         pump.send_only_asked(guest.learn_seconds)
         parked = guest.parked
         if isinstance(parked, Arriving):
@@ -85,24 +86,25 @@ class Serving:
 
         HostError if that cannot be marked: it must not run then.
         """
-        if self._guest.clone or mark == self._mark:
+        if self._guest.clone or mark == self._written:
             return
-        await trio.to_thread.run_sync(self._guest.parked.mark_running, str(mark))
         self._mark = mark
+        await trio.to_thread.run_sync(self._guest.parked.mark_running, str(mark))
+        self._written = mark
 
     async def mark_running(self, mark: Mark) -> None:
         """From now on the VM runs there; nobody may serve it a second time."""
         try:
             await self.mark_before(mark)
         except HostError as error:
-            # It runs there all the same, and needs its pages.
+            # It runs there all the same, and needs its pages; `completed` tries again.
             log.error("no mark that the VM runs at %s: %s", mark, error)
 
     async def unmark(self) -> None:
         """It does not run there after all."""
         if not self._mark:
             return
-        self._mark = None
+        self._mark = self._written = None
         try:
             await trio.to_thread.run_sync(self._guest.parked.unmark_running)
         except HostError as error:

@@ -6,15 +6,16 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
+from common import address
 from common.errors import HostError
 from common.guest.journal import Journal
+from common.guest.stored import Mark
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from common.guest.base import Guest
     from common.guest.keeping import Keeping
-    from common.guest.stored import Mark
     from common.qmp.message import Json
 
 OUTGOING: Final = "outgoing"
@@ -68,7 +69,7 @@ def record_of_untrusted(content: Mapping[str, Json]) -> Record:
             is_dstd=bool(given["is_dstd"]),
             preempt=given["preempt"],
             preempt_early=bool(given["preempt_early"]),
-            address=given["address"],
+            address=dict(given["address"]) if given["address"] else None,
             settings=dict(given["settings"]),
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -78,9 +79,26 @@ def record_of_untrusted(content: Mapping[str, Json]) -> Record:
 
 
 def gone_to(mark: Mark, record: Record | None) -> Record:
-    """What the mark of a parked VM says is so, whatever else was kept."""
+    """What the mark of a parked VM says is so, whatever else was kept.
+
+    But what was completed stays so: the mark is changed behind the record.
+    """
+    if record and record.phase is Phase.COMPLETED:
+        return record
     known = record or Record()
     return replace(known, phase=Phase.GONE, postcopy=True, is_dstd=mark.dstd)
+
+
+def mark_of(record: Record) -> Mark | None:
+    """The mark that a parked VM needs by what was kept; None: it is here.
+
+    A QEMU gets none before there is a mark, and that goes before the record does.
+    """
+    if record.phase not in (Phase.GONE, Phase.COMPLETED):
+        return None
+    pending = record.postcopy and record.phase is Phase.GONE
+    target = address.of_json_untrusted(record.address)
+    return Mark(str(target or "an unknown address"), record.is_dstd, pending)
 
 
 def new_journal(guest: Guest, keeping: Keeping) -> Journal[Record]:

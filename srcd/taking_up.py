@@ -38,6 +38,7 @@ def take_up(departure: Departure, urgent: Urgent) -> None:
 def _recall(departure: Departure, urgent: Urgent, record: Record) -> None:
     departure.owner = Owner.DESTINATION
     departure.channels.answers = True
+    departure.postcopy = record.postcopy
     departure.was_running = record.was_running
     departure.address = address.of_json_untrusted(record.address)
     departure.peer.is_dstd = record.is_dstd

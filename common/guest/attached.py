@@ -43,6 +43,8 @@ class AttachedGuest:
     says which. From there on every request raises GuestError.
     """
 
+    outlives_host = False
+
     def __init__(
         self,
         sock: trio.socket.SocketType,
@@ -203,6 +205,7 @@ class AttachedGuest:
         async with self._turn:
             if self.gone.is_set():
                 raise GuestError(self.why, request=name)
+            self._forget_answer()
             self._number += 1
             self._answered = trio.Event()
             packet = attach.request(
@@ -230,6 +233,12 @@ class AttachedGuest:
             close_all(fds)
             raise GuestError("the answer lacks its descriptor", request=name)
         return answer.value, fds
+
+    def _forget_answer(self) -> None:
+        """Of a request that was cancelled in the moment when it was answered."""
+        if self._answer:
+            close_all(self._answer[1])
+            self._answer = None
 
     async def _send(self, packet: bytes, fds: Sequence[int]) -> None:
         try:

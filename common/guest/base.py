@@ -78,6 +78,11 @@ class Guest(Protocol):
     no_userfaultfd: str | None
     """Why an attached guest came without a userfaultfd, and the fix."""
 
+    outlives_host: bool
+    """Whether it is on a disk, and what is kept of it, too, and nothing of other
+    guests: then a restart of the host is not its end.
+    """
+
     @property
     def kept(self) -> Mapping[str, int]:
         """Files that a daemon before this one had kept, by name."""

@@ -11,6 +11,9 @@ import os
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+import trio
+
+from common.errors import HostError
 from common.guest.keeping import identity
 from common.guest.note import LENGTH, Note
 
@@ -58,14 +61,22 @@ class Journal(Generic[R]):
     def find(self) -> Mapping[str, Json] | None:
         """What a daemon before us wrote of this very guest; from now on it is ours.
 
-        HostError if that daemon still lives.
+        HostError if that daemon still lives, or if what it wrote of a guest that
+        may be nowhere else cannot be read.
         """
         if (fd := self.keeping.find(self._name)) is None:
             return None
         note = Note(fd)
         content = note.read_untrusted()
         if content is None or content.get("guest") != identity(self._guest):
+            lost = self._guest.outlives_host and not note.is_blank
             note.close()
+            if lost:
+                raise HostError(
+                    "what a daemon before this one has noted of this VM is damaged:"
+                    " if the source has it still, or a copy is elsewhere, remove the"
+                    " directory"
+                )
             return None
         self._hold(note)
         return content
@@ -75,6 +86,11 @@ class Journal(Generic[R]):
         self.record = replace(self.record, **changes)
         if self._note:
             self._save()
+
+    async def settle(self) -> None:
+        """What was written holds over the end of the host, too, if the guest does."""
+        if self._note and self._guest.outlives_host:
+            await trio.to_thread.run_sync(self._note.sync)
 
     async def end(self) -> None:
         """Whoever comes after us need not know of it."""

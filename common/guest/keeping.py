@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import fcntl
 import glob
+import hashlib
 import logging
 import os
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from common.errors import GuestError, HostError
 from common.host.systemd import STORED, Notifier
+from common.qmp import message
+from common.store import files
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,7 +29,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _KEPT: Final = ".kept"
-_NEW: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
 _SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
@@ -75,10 +78,28 @@ class Keeping:
             self._notifier.discard(STORED + name)
             self._notifier.store(STORED + name, [fd])
 
+    async def keep_content(self, name: str, content: bytes) -> None:
+        """Have a file with this content kept; HostError, or GuestError as above."""
+        fd = self.make(name, len(content))
+        try:
+            _write(fd, name, content)
+            await self.keep(name, fd)
+        finally:
+            os.close(fd)
+
     async def forget(self, name: str) -> None:
         """Nobody needs it any more."""
         self._notifier.discard(STORED + name)
         await self._guest.forget(name)
+
+
+def _write(fd: int, name: str, content: bytes) -> None:
+    try:
+        written = os.pwrite(fd, content, 0)
+    except OSError as error:
+        raise HostError(f"no room to keep {name} in: {error.strerror}") from None
+    if written != len(content):
+        raise HostError(f"no room to keep {name} in")
 
 
 def memory_file(name: str, length: int) -> int:
@@ -100,13 +121,19 @@ def check_kept(fd: int, length: int) -> None:
         raise HostError(f"a kept file has {status.st_size} bytes, expected {length}")
 
 
-def identity(guest: Guest) -> Json:
-    """By which a guest is known again: its blocks, and the files behind them."""
-    return [
-        [block.idstr, block.length, block.base, status.st_dev, status.st_ino]
-        for block in guest.blocks
-        for status in (os.fstat(block.fd),)
-    ]
+def identity(guest: Guest) -> str:
+    """By which a guest is known again: its blocks, and the files behind them.
+
+    Those of a guest that outlives the host may get other numbers.
+    """
+    digest = hashlib.sha256()
+    for block in guest.blocks:
+        facts: list[Json] = [block.idstr, block.length, block.base]
+        if not guest.outlives_host:
+            status = os.fstat(block.fd)
+            facts += [status.st_dev, status.st_ino]
+        digest.update(message.encode(facts))
+    return digest.hexdigest()
 
 
 class KeptFiles:
@@ -115,28 +142,33 @@ class KeptFiles:
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix
         self.found: dict[str, int] = {}
-        for path in glob.glob(f"{glob.escape(prefix)}.*{_KEPT}"):
-            name = path.removeprefix(f"{prefix}.").removesuffix(_KEPT)
-            self.found[name] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        for name in self._names():
+            path = Path(self._path(name))
+            with files.named(path, "open"):
+                self.found[name] = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+    def _names(self) -> list[str]:
+        paths = glob.glob(f"{glob.escape(self._prefix)}.*{_KEPT}")
+        start = f"{self._prefix}."
+        return [path.removeprefix(start).removesuffix(_KEPT) for path in paths]
 
     def _path(self, name: str) -> str:
         return f"{self._prefix}.{name}{_KEPT}"
 
     def make(self, name: str, length: int) -> int:
-        """A new file of zeroes; HostError. The caller closes it."""
+        """A new file of zeroes that has its room; HostError. The caller closes it."""
         self.forget(name)
-        try:
-            fd = os.open(self._path(name), _NEW, 0o600)
-            os.ftruncate(fd, length)
-        except OSError as error:
-            raise HostError(f"{self._path(name)}: {error.strerror}") from None
-        return fd
+        return files.create_solid(Path(self._path(name)), length)
 
     def forget(self, name: str) -> None:
         with suppress(FileNotFoundError):
             os.unlink(self._path(name))
         if name in self.found:
             os.close(self.found.pop(name))
+
+    def forget_all(self) -> None:
+        for name in self._names():
+            self.forget(name)
 
     def close(self) -> None:
         """The files stay."""

@@ -11,13 +11,14 @@ import fcntl
 import os
 import struct
 import zlib
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from common.errors import HostError
 from common.qmp import message
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from common.qmp.message import Json
 
@@ -60,6 +61,11 @@ class Note:
             return 0, b""
         return number, text
 
+    @property
+    def is_blank(self) -> bool:
+        """Nothing was ever written, not even a part."""
+        return not any(os.pread(self._fd, LENGTH, 0))
+
     def read_untrusted(self) -> Mapping[str, Json] | None:
         """What was written last; None: nothing, or nothing that is a note."""
         try:
@@ -69,17 +75,37 @@ class Note:
         return content if isinstance(content, dict) else None
 
     def write(self, content: Mapping[str, Json]) -> None:
-        """Replace the note; ValueError if it is too long for its slot."""
+        """Replace the note; HostError, or ValueError if it is too long for a slot."""
         text = message.encode(content)
         if len(text) > SLOT - _HEAD.size:
             raise ValueError(f"a note of {len(text)} bytes")
         self._number += 1
         head = _HEAD.pack(self._number, len(text), _checksum(self._number, text))
-        os.pwrite(self._fd, head + text, self._number % 2 * SLOT)
+        with _told():
+            written = os.pwrite(self._fd, head + text, self._number % 2 * SLOT)
+        if written != len(head + text):
+            raise HostError("no room to write down what has to outlive this daemon")
         self._text = text
+
+    def sync(self) -> None:
+        """What was written is on the disk afterwards, which may take its time."""
+        with _told():
+            os.fsync(self._fd)
 
     def close(self) -> None:
         os.close(self._fd)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise HostError(
+            "what has to outlive this daemon cannot be written down:"
+            f" {error.strerror}; make room",
+            errno=error.errno,
+        ) from None
 
 
 def _checksum(number: int, text: bytes) -> int:

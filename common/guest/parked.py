@@ -64,6 +64,7 @@ class ParkedGuest:
     abilities = 0
     kept: Mapping[str, int] = MappingProxyType({})
     is_gone = False
+    outlives_host = False
 
     def __init__(
         self, machine: str, files: Sequence[RamFile], state: GuestState

@@ -50,10 +50,13 @@ class ParkingGuest:
     vcpus: Sequence[int] = ()
     abilities = 0
     is_gone = False
+    outlives_host = True
 
     def __init__(self, directory: str) -> None:
         again = Parking.is_left(directory)
-        self._parking = (Parking.reopen if again else Parking.create)(directory)
+        self._parking = (
+            Parking.reopen(directory) if again else Parking.create(directory, anew=True)
+        )
         self.directory = directory
         self.machine = ""
         self.state = GuestState.INCOMING
@@ -129,7 +132,8 @@ class ParkingGuest:
         return self._parking.keep(name, length)
 
     async def keep(self, name: str, fd: int) -> None:
-        """It is kept since it was made."""
+        """It is kept since it was made; from now on the host may go down as well."""
+        await trio.to_thread.run_sync(self._parking.secure, name, fd)
 
     async def forget(self, name: str) -> None:
         self._parking.forget(name)

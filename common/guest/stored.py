@@ -93,6 +93,7 @@ class StoredGuest:
     abilities = 0
     state = GuestState.PAUSED
     is_gone = False
+    outlives_host = False
 
     def __init__(
         self,
@@ -109,15 +110,15 @@ class StoredGuest:
         try:
             self.parked.lock(clone=clone)
             self.mark = None if clone else self._where()
+            self.clone = clone
             if self.mark and not self.mark.pending:
                 self.check_elsewhere()
+            # Of one that runs once, the directory alone is enough to go on with it.
+            self._kept = KeptFiles(beside if clone else f"{directory}/serving")
         except HostError:
             self.parked.close()
             raise
-        # Of one that runs once, the directory alone is enough to go on with it.
-        self._kept = KeptFiles(beside if clone else f"{directory}/serving")
         self.machine = self.parked.manifest.machine
-        self.clone = clone
         self.lazy = lazy
         self.learns = learns
         self.learn_seconds = learn_seconds
@@ -139,9 +140,14 @@ class StoredGuest:
         text = self.parked.running
         return Mark.parse(text) if text else None
 
+    def mark_gone(self, mark: Mark) -> None:
+        """As a daemon before us had begun to; HostError."""
+        self.parked.mark_running(str(mark))
+        self.mark = mark
+
     def check_elsewhere(self) -> None:
-        """HostError if the VM runs elsewhere."""
-        if where := self.parked.running:
+        """HostError if the VM runs elsewhere, and this is no copy."""
+        if not self.clone and (where := self.parked.running):
             raise HostError(
                 f"{self.parked.path}: this VM runs elsewhere, {where}; serve a copy of"
                 " it with --clone"
@@ -161,6 +167,11 @@ class StoredGuest:
             )
             for block, fd in rows
         )
+
+    @property
+    def has_outlived(self) -> bool:
+        """Whether a daemon before us has begun to serve it, and not ended that."""
+        return bool(self.kept)
 
     @property
     def kept(self) -> Mapping[str, int]:
@@ -194,7 +205,12 @@ class StoredGuest:
         raise GuestError("a parked VM is complete and loads nothing", request="load")
 
     async def quit(self) -> None:
-        """It does not run; what serves it still reads its files."""
+        """It does not run; what serves it still reads its files.
+
+        Whoever ends the serving of a copy does not want it taken up.
+        """
+        if self.clone:
+            self._kept.forget_all()
 
     def close(self) -> None:
         self._kept.close()

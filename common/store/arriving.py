@@ -15,7 +15,7 @@ from common.store import files, manifest, receiving, upstream
 from common.store.locked import Directory, open_block
 from common.store.manifest import Block, Manifest
 from common.store.parked import Parked
-from common.store.parking import kept_path, machine_of
+from common.store.parking import RECEIVED, kept_path, machine_of
 from common.stream import foreign
 from common.stream.constants import MAX_PACKAGE
 from common.stream.package import split_package_untrusted
@@ -23,8 +23,6 @@ from common.stream.package import split_package_untrusted
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-RECEIVED: Final = "received"
-"""Under which it is kept which pages are here: see csrc/arriving.h."""
 PACKAGE: Final = "package"
 """Under which the device state is kept as it came."""
 
@@ -114,6 +112,11 @@ def _state(directory: Path) -> dict[str, bytes]:
 
 def _manifest(directory: Path, state: dict[str, bytes]) -> Manifest:
     facts = tuple(receiving.recall(directory))
+    if not receiving.is_of_this_boot(facts):
+        raise HostError(
+            f"{directory} is incomplete, and the host was restarted: start dstd with it"
+            " first, so that what was lost comes again"
+        )
     return Manifest(
         machine=machine_of(state[manifest.CONFIGURATION]),
         blocks=tuple(fact for fact in facts if isinstance(fact, Block)),

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from common.errors import HostError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 _MODE: Final = 0o600
+_PIECE: Final = 64 << 10  # bytes that are read and written at once
 _HINTS: Final = {
     errno.ENOSPC: "; make room on that file system",
     errno.EDQUOT: "; raise the quota or make room",
@@ -79,6 +80,32 @@ def read(path: Path, limit: int) -> bytes:
     return content
 
 
+def sync_open(fd: int, path: Path) -> None:
+    """What was written to the file `path` since `fd` was opened is on the disk."""
+    with named(path, "write"):
+        os.fsync(fd)
+
+
+def write_again(fd: int, path: Path) -> None:
+    """Have the kernel write all data of a file, even what it takes for written."""
+    with named(path, "write"):
+        end = os.fstat(fd).st_size
+        at = _next_data(fd, 0)
+        while at < end:
+            hole = os.lseek(fd, at, os.SEEK_HOLE)
+            piece = os.pread(fd, min(_PIECE, hole - at), at)
+            at = _next_data(fd, at + os.pwrite(fd, piece, at))
+
+
+def _next_data(fd: int, at: int) -> int:
+    try:
+        return os.lseek(fd, at, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return os.fstat(fd).st_size
+        raise
+
+
 def sync(path: Path) -> None:
     """What was written to this file is on the disk afterwards."""
     with named(path, "write"):
@@ -96,11 +123,29 @@ def sync_directory(path: Path) -> None:
 
 def create_sparse(path: Path, length: int) -> int:
     """A new file that is one hole; its descriptor, read and write."""
+    return _create(path, length, os.ftruncate)
+
+
+def create_solid(path: Path, length: int) -> int:
+    """Likewise, of zeroes that have their room already.
+
+    Writing to it cannot fail for want of room, nor kill who has it mapped.
+    """
+    return _create(path, length, _allocate)
+
+
+def _allocate(fd: int, length: int) -> None:
+    if length:
+        os.posix_fallocate(fd, 0, length)
+
+
+def _create(path: Path, length: int, make_long: Callable[[int, int], None]) -> int:
     with named(path, "create"):
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE)
         try:
-            os.ftruncate(fd, length)
+            make_long(fd, length)
         except BaseException:
             os.close(fd)
+            os.unlink(path)
             raise
     return fd

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
@@ -232,6 +233,23 @@ def test_a_stray_connection(private_dir: Path) -> None:
         with wire.completed() as parked:
             assert content(parked, 0) == b"\1" * PAGE + bytes(3 * PAGE)
             assert content(parked, 1) == b"\7" * (4 * PAGE)
+
+
+def test_killed_when_its_source_has_let_go(private_dir: Path) -> None:
+    """Without a return path that is when it has sent all: then nothing goes away."""
+    with wired(private_dir) as wire:
+        (wire.directory / "manifest.json.new").mkdir()
+        wire.send(head(), start(TWO), part(page("a", 1, 7), end=True))
+        wire.send(devices(), section.EOF, DESCRIPTION)
+        deadline = time.monotonic() + 30
+        while "not parked yet" not in str(wire.dstd.query().get("error-desc")):
+            assert time.monotonic() < deadline, wire.dstd.said
+        wire.dstd.end()
+        wire.dstd.start()
+        assert wire.dstd.query()["status"] == "failed"
+        assert "see whether it runs at the source" in wire.dstd.query()["error-desc"]
+    ram = (wire.directory / "ram-0000").read_bytes()
+    assert ram[PAGE : 2 * PAGE] == b"\7" * PAGE
 
 
 # --- lies ----------------------------------------------------------------------

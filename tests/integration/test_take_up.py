@@ -240,6 +240,27 @@ async def test_another_guest(guest: KeepingGuest, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "settings",
+    [
+        {"capabilities": [], "parameters": {"of-a-later-release": 1}},
+        {"capabilities": [], "parameters": {"downtime-limit": -1}},
+        {"capabilities": 7},
+    ],
+)
+async def test_settings_of_another_release(guest: KeepingGuest, settings: Any) -> None:
+    """Their daemon has to be there again; the guest waits for it."""
+    await leave(guest, incoming.Record(phase=D.RUNNING, settings=settings))
+    async with trio.open_nursery() as nursery:
+        monitor = Monitor(guest, None, "inmigrate")
+        commands = DestinationCommands(monitor, config(), nursery)
+        with pytest.raises(HostError, match="go on with the release"):
+            await commands.take_up()
+        assert guest.requests == []
+        assert "incoming" in guest.kept
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"phase": "flying"},
@@ -247,6 +268,8 @@ async def test_another_guest(guest: KeepingGuest, tmp_path: Path) -> None:
         {"section_id": -1},
         {"section_id": 1 << 32},
         {"settings": 7},
+        {"address": 7},
+        {"address": "tcp"},
     ],
 )
 def test_record_that_is_none(change: dict[str, Any]) -> None:

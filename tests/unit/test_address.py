@@ -170,6 +170,30 @@ def test_incoming_takes_one_channel() -> None:
     assert str(error.value) == text
 
 
+@pytest.mark.parametrize("text", ["tcp:[::1]:4444", "unix:/run/x", "vsock:2:1234"])
+def test_kept_for_another_process(text: str) -> None:
+    found = address.parse(text)
+    assert address.of_json_untrusted(address.to_json(found)) == found
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        None,
+        7,
+        {},
+        {"type": "exec", "arguments": ["x"]},
+        {"type": "tcp", "host": "h"},
+        {"type": "tcp", "host": 5, "port": "1"},
+        {"type": "tcp", "host": "h", "port": "1", "to": "2"},
+        {"type": "unix", "path": ["/x"]},
+        {"type": "unix", "path": "/x", "more": "y"},
+    ],
+)
+def test_kept_and_no_address(kept: Any) -> None:
+    assert address.of_json_untrusted(kept) is None
+
+
 SCHEMES = ["tcp:", "unix:", "vsock:", "fd:", "file:", "exec:", ""]
 
 

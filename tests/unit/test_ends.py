@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+from typing import TYPE_CHECKING
+
 import pytest
 
 from common import address
-from srcd.ends import Place, reachable, uri
+from srcd.ends import End, Place, Unreachable, reachable, uri
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 HERE = "/run/postcopyd/srcd-web1.qmp"
 
 
 @pytest.mark.parametrize(
-    ("text", "host", "socket"),
+    ("text", "host", "path"),
     [
         ("/run/x", None, "/run/x"),
         ("ssh", None, "ssh"),
@@ -21,8 +28,8 @@ HERE = "/run/postcopyd/srcd-web1.qmp"
         ("ssh:web2", "web2", "/run/postcopyd/dstd-web1.qmp"),
     ],
 )
-def test_places(text: str, host: str | None, socket: str) -> None:
-    assert Place.parse(text, HERE) == Place(host, socket)
+def test_places(text: str, host: str | None, path: str) -> None:
+    assert Place.parse(text, HERE) == Place(host, path)
 
 
 @pytest.mark.parametrize("text", ["ssh:", "ssh::/run/x", "ssh:-oX=y", "ssh:-x:/run/x"])
@@ -56,3 +63,50 @@ def test_where_the_source_connects(
 ) -> None:
     target = address.parse(wanted) if wanted else None
     assert uri(reachable(address.parse(listening), target, "web2")) == connect
+
+
+class Odd(threading.Thread):
+    """A server at `path` that says these lines, each once it was spoken to."""
+
+    def __init__(self, path: str, answers: tuple[str, ...]) -> None:
+        super().__init__()
+        self._answers = answers
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(path)
+        self._listener.listen()
+        self._listener.settimeout(10)
+
+    def run(self) -> None:
+        with self._listener:
+            sock, _ = self._listener.accept()
+        sock.settimeout(10)
+        with sock, sock.makefile("rw") as file:
+            file.write('{"QMP": {}}\n')
+            for answer in self._answers:
+                file.flush()
+                file.readline()
+                file.write(answer + "\n")
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        ('{"error": {"class": "GenericError", "desc": "busy"}, "id": 1}',),
+        ('{"return": {}, "id": 1}', '{"return": [], "id": 2}'),
+        ('{"return": {}, "id": 1}', '{"id": 2}'),
+        ('{"return": {}, "id": 1}', '{"error": {}, "id": 2}'),
+        ('{"return": {}, "id": 1}', "[]"),
+    ],
+)
+def test_no_server_of_migrations(private_dir: Path, answers: tuple[str, ...]) -> None:
+    """Whatever is behind the socket, it is one sentence that says so."""
+    path = str(private_dir / "odd")
+    server = Odd(path, answers)
+    server.start()
+    with (
+        pytest.raises(Unreachable, match=f"source: cannot talk to {path}: "),
+        End("source", Place(None, path), 10) as end,
+    ):
+        end.look()
+    server.join(10)
+    assert not server.is_alive()

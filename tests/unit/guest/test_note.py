@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -102,3 +103,16 @@ def test_nobody_can_cut_it_off(file):
     check_kept(file, LENGTH)
     with pytest.raises(HostError, match="expected"):
         check_kept(file, LENGTH + 1)
+
+
+def test_no_room():
+    """A disk that is full is told as such; what was written before stays."""
+    full = os.memfd_create("note", os.MFD_ALLOW_SEALING)
+    os.ftruncate(full, LENGTH)
+    note = Note(full)
+    note.write({"number": 1})
+    fcntl.fcntl(full, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+    with pytest.raises(HostError, match="cannot be written down"):
+        note.write({"number": 2})
+    assert again(note, full).read_untrusted() == {"number": 1}
+    os.close(full)

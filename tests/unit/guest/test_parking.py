@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
 from common.errors import GuestError, HostError
+from common.guest.keeping import Keeping
 from common.guest.parking import ParkingGuest
+from common.store import description, receiving
 from common.store.directory import Parked
 from common.stream import section
+from common.stream.constants import MAX_BLOCKS, MAX_NAME
+from dstd.record import Phase, new_journal
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -110,5 +115,47 @@ async def test_a_directory_has_one_user(tmp_path: Path) -> None:
     with pytest.raises(HostError, match="in use by another process"):
         ParkingGuest(str(tmp_path / "vm"))
     guest.close()
-    with pytest.raises(HostError, match="only a part arrived"):
-        ParkingGuest(str(tmp_path / "vm"))
+
+
+async def test_what_nobody_can_need_is_in_nobodys_way(tmp_path: Path) -> None:
+    """A process before this one ended when nothing was noted; a description stays."""
+    guest = await filled(tmp_path / "vm")
+    description.update(tmp_path / "vm", {"command-line": ["qemu"]})
+    guest.close()
+    again = ParkingGuest(str(tmp_path / "vm"))
+    assert again.blocks == ()
+    assert sorted(os.listdir(tmp_path / "vm")) == [description.NAME, receiving.NAME]
+    await again.quit()
+    assert description.load(tmp_path / "vm") == {"command-line": ["qemu"]}
+
+
+async def test_what_somebody_else_put_there_stays(tmp_path: Path) -> None:
+    guest = await filled(tmp_path / "vm")
+    description.update(tmp_path / "vm", {"command-line": ["qemu"]})
+    (tmp_path / "vm" / "letter").touch()
+    await guest.quit()
+    assert sorted(os.listdir(tmp_path / "vm")) == [description.NAME, "letter"]
+
+
+async def test_kept_files_have_their_room(tmp_path: Path) -> None:
+    """A full disk must not end who writes to them, or has them mapped."""
+    guest = await filled(tmp_path / "vm")
+    made = guest.make_kept("received", 1 << 20)
+    assert os.fstat(made).st_blocks * 512 >= 1 << 20
+    os.close(made)
+    await guest.quit()
+
+
+async def test_as_many_blocks_as_there_may_be(tmp_path: Path) -> None:
+    """And with long names: what is noted of the guest must not grow with them."""
+    guest = ParkingGuest(str(tmp_path / "vm"))
+    await guest.adopt(CONFIGURATION, BLOCKS[:1], advised=True)
+    block = guest.blocks[0]
+    guest.blocks = [
+        replace(block, idstr=f"{number:0{MAX_NAME}}") for number in range(MAX_BLOCKS)
+    ]
+    journal = new_journal(guest, Keeping(guest))
+    await journal.begin()
+    journal.write(phase=Phase.RUNNING)
+    journal.close()
+    await guest.quit()

@@ -378,6 +378,62 @@ def test_a_crash_at_any_moment(tmp_path: Path):
     assert counts["incomplete"] > 20, counts
 
 
+_DISCARDING = """
+import os, signal, sys
+from pathlib import Path
+from common.store.directory import Parking
+from support import stored
+
+def crash_at(number):
+    count = 0
+    def hook(event, arguments):
+        nonlocal count
+        count += event == "os.remove"
+        if count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+
+root, number = Path(sys.argv[1]), 0
+child = -1
+while child:
+    number += 1
+    parking = stored.begin(root / str(number))
+    for name in ("received", "incoming"):
+        os.close(parking.keep(name, 4096))
+    child = os.fork()
+    if child == 0:
+        crash_at(number)
+        parking.discard()
+        os._exit(0)
+    parking.close()
+    if os.waitpid(child, 0)[1] == 0:
+        print(number)
+        break
+"""
+
+
+def test_a_crash_while_it_is_discarded(tmp_path: Path):
+    """It can be gone on with, or the place can be used again at once."""
+    (tmp_path / "program.py").write_text(_DISCARDING)
+    ran = subprocess.run(
+        [sys.executable, tmp_path / "program.py", tmp_path],
+        env={**os.environ, "PYTHONPATH": "tests"},
+        capture_output=True,
+        check=True,
+        timeout=100,
+    )
+    again = 0
+    for number in range(1, int(ran.stdout)):
+        path = tmp_path / str(number)
+        if Parking.is_left(path):
+            Parking.reopen(path).close()
+            again += 1
+        else:
+            Parking.create(path, anew=True).close()
+    assert again > 1
+    assert int(ran.stdout) - again > 3
+
+
 async def test_cancelled(tmp_path: Path):
     with stored.begin(tmp_path / "vm") as parking:
         with trio.CancelScope() as scope:
@@ -447,5 +503,6 @@ async def test_a_full_disk_in_the_end(tmp_path: Path):
 def test_receiving_is_readable(tmp_path: Path):
     stored.begin(tmp_path / "vm").close()
     lines = (tmp_path / "vm" / receiving.NAME).read_text().splitlines()
-    assert json.loads(lines[0]) == {"advised": True}
-    assert json.loads(lines[1])["name"] == "pc.ram"
+    assert json.loads(lines[0]) == {"boot": receiving.this_boot().boot}
+    assert json.loads(lines[1]) == {"advised": True}
+    assert json.loads(lines[2])["name"] == "pc.ram"
