@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import copy
 import json
-import random
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -24,6 +23,9 @@ from support import fuzzing
 from support.attach_samples import SAMPLES
 
 from common.guest import attach
+
+if TYPE_CHECKING:
+    import random
 
 TOKENS = [
     *(b"{", b"}", b"[", b"]", b'"', b"'", b",", b":", b"\\", b"\\ud800", b"\\u0000"),

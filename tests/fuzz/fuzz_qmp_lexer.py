@@ -15,18 +15,22 @@ a Python literal and exits with status 1.
 
 from __future__ import annotations
 
-import random
 import sys
 import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from typing import TYPE_CHECKING
+
 from support import fuzzing
 
 from common.qmp import message, schema
 from common.qmp.lexer import Lexer, Text
 from common.qmp.session import Call, Session
+
+if TYPE_CHECKING:
+    import random
 
 CORPUS = [
     b'{"execute":"qmp_capabilities","arguments":{"enable":["oob"]},"id":1}',

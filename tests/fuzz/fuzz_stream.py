@@ -10,12 +10,13 @@ give equal inputs.
 
 from __future__ import annotations
 
-import random
 import sys
 import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from typing import TYPE_CHECKING
 
 from support import fuzzing
 from support.stream_samples import DESCRIPTION, SAMPLES, Sample
@@ -23,6 +24,9 @@ from support.stream_samples import DESCRIPTION, SAMPLES, Sample
 from common.errors import StreamError
 from common.stream import constants as c
 from common.stream import fields, foreign, section, vmdesc
+
+if TYPE_CHECKING:
+    import random
 
 MAX_INPUT = 1 << 16
 # Integers at which lengths, counts and offsets change their meaning.
