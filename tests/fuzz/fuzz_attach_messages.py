@@ -10,21 +10,22 @@ Equal seeds give equal inputs.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
-import random
 import sys
-import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from support import fuzzing
 from support.attach_samples import SAMPLES
 
 from common.guest import attach
+
+if TYPE_CHECKING:
+    import random
 
 TOKENS = [
     *(b"{", b"}", b"[", b"]", b'"', b"'", b",", b":", b"\\", b"\\ud800", b"\\u0000"),
@@ -90,30 +91,12 @@ def survives(packet: bytes, descriptors: int) -> bool:
     return True
 
 
-def run(seconds: float, seed: int) -> int:
-    """Fuzz for so long; returns the exit status."""
-    dice = random.Random(seed)
-    end = time.monotonic() + seconds
-    executions = 0
-    while time.monotonic() < end:
-        sample = dice.choice(SAMPLES)
-        damage = dice.choice((damage_bytes, damage_values))
-        executions += 1
-        count = sample.descriptors if dice.random() < 0.9 else dice.randrange(130)
-        if not survives(damage(dice, sample.packet), count):
-            print(f"failed after {executions} executions, seed {seed}")
-            return 1
-    print(f"{executions} executions, seed {seed}")
-    return 0
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="fuzz the decoder of attach messages")
-    parser.add_argument("--seconds", type=float, default=10)
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
-    arguments = parser.parse_args()
-    return run(arguments.seconds, arguments.seed)
+def once(dice: random.Random) -> bool:
+    sample = dice.choice(SAMPLES)
+    damage = dice.choice((damage_bytes, damage_values))
+    count = sample.descriptors if dice.random() < 0.9 else dice.randrange(130)
+    return survives(damage(dice, sample.packet), count)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(fuzzing.main("fuzz the decoder of attach messages", once))

@@ -15,15 +15,22 @@ a Python literal and exits with status 1.
 
 from __future__ import annotations
 
-import argparse
-import random
 import sys
-import time
 import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from typing import TYPE_CHECKING
+
+from support import fuzzing
 
 from common.qmp import message, schema
 from common.qmp.lexer import Lexer, Text
 from common.qmp.session import Call, Session
+
+if TYPE_CHECKING:
+    import random
 
 CORPUS = [
     b'{"execute":"qmp_capabilities","arguments":{"enable":["oob"]},"id":1}',
@@ -102,34 +109,17 @@ def answer(step) -> int:
     return 1
 
 
-def fuzz(seconds: float, seed: int) -> int:
-    """Run for that long; the exit status."""
-    rng = random.Random(seed)
-    end = time.monotonic() + seconds
-    execs = 0
-    while time.monotonic() < end:
-        data = mutate(rng)
-        cut = rng.randrange(len(data) + 1)
-        try:
-            check(data, cut)
-        except Exception:
-            traceback.print_exc()
-            print(f"reproducer: check({data!r}, {cut})")
-            print(f"failed after {execs} execs, seed {seed}")
-            return 1
-        execs += 1
-    print(f"{execs} execs, seed {seed}")
-    return 0
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=10)
-    parser.add_argument("--seed", type=int, default=None)
-    options = parser.parse_args()
-    seed = time.time_ns() % 2**32 if options.seed is None else options.seed
-    return fuzz(options.seconds, seed)
+def once(rng: random.Random) -> bool:
+    data = mutate(rng)
+    cut = rng.randrange(len(data) + 1)
+    try:
+        check(data, cut)
+    except Exception:
+        traceback.print_exc()
+        print(f"reproducer: check({data!r}, {cut})")
+        return False
+    return True
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(fuzzing.main("fuzz the lexer and the session", once))

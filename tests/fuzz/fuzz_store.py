@@ -11,14 +11,12 @@ reproducer. Equal seeds give equal inputs.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import logging
 import random
 import shutil
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import trio
-from support import saved, saved_streams
+from support import fuzzing, saved, saved_streams
 
 from common.errors import HostError, StreamError
 from common.store import importing, manifest, virsh
@@ -142,29 +140,11 @@ def survives(check: Check, data: bytes, dice: random.Random) -> bool:
     return True
 
 
-def run(seconds: float, seed: int) -> int:
-    """Fuzz for so long; returns the exit status."""
-    dice = random.Random(seed)
-    end = time.monotonic() + seconds
-    executions = 0
-    while time.monotonic() < end:
-        check, sample = dice.choice(TARGETS)
-        executions += 1
-        if not survives(check, damaged(dice, sample), dice):
-            print(f"failed after {executions} executions, seed {seed}")
-            return 1
-    print(f"{executions} executions, seed {seed}")
-    return 0
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="fuzz the readers of parked VMs")
-    parser.add_argument("--seconds", type=float, default=10)
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
-    arguments = parser.parse_args()
-    logging.disable(logging.WARNING)  # a boot that was damaged is another one
-    return run(arguments.seconds, arguments.seed)
+def once(dice: random.Random) -> bool:
+    check, sample = dice.choice(TARGETS)
+    return survives(check, damaged(dice, sample), dice)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    logging.disable(logging.WARNING)  # a boot that was damaged is another one
+    sys.exit(fuzzing.main("fuzz the readers of parked VMs", once))

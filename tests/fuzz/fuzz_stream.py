@@ -10,20 +10,23 @@ give equal inputs.
 
 from __future__ import annotations
 
-import argparse
-import random
 import sys
-import time
 import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from typing import TYPE_CHECKING
+
+from support import fuzzing
 from support.stream_samples import DESCRIPTION, SAMPLES, Sample
 
 from common.errors import StreamError
 from common.stream import constants as c
 from common.stream import fields, foreign, section, vmdesc
+
+if TYPE_CHECKING:
+    import random
 
 MAX_INPUT = 1 << 16
 # Integers at which lengths, counts and offsets change their meaning.
@@ -139,28 +142,10 @@ def survives(sample: Sample, wire: bytes) -> bool:
     return True
 
 
-def run(seconds: float, seed: int) -> int:
-    """Fuzz for so long; returns the exit status."""
-    dice = random.Random(seed)
-    end = time.monotonic() + seconds
-    executions = 0
-    while time.monotonic() < end:
-        sample = dice.choice(TARGETS)
-        executions += 1
-        if not survives(sample, damaged(dice, sample.wire)):
-            print(f"failed after {executions} executions, seed {seed}")
-            return 1
-    print(f"{executions} executions, seed {seed}")
-    return 0
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description="fuzz the decoders of the stream")
-    parser.add_argument("--seconds", type=float, default=10)
-    parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
-    arguments = parser.parse_args()
-    return run(arguments.seconds, arguments.seed)
+def once(dice: random.Random) -> bool:
+    sample = dice.choice(TARGETS)
+    return survives(sample, damaged(dice, sample.wire))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(fuzzing.main("fuzz the decoders of the stream", once))

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 SMALL = ("--memory", "32M")
+# These guests have to go on unharmed, not to fill a processor meanwhile.
+STEADY = ("--append", "write-rate=40M")
 PRECOPY: tuple[str, ...] = ()
 PATIENCE = 60.0
 
@@ -53,7 +55,8 @@ pytestmark = pytest.mark.userfaultfd
 @contextmanager
 def source(directory: Path, *words: str, accel: str = "process") -> Iterator[Source]:
     """A source whose guest has begun to write and check its memory."""
-    with Source(directory, *(words or SMALL), "--accel", accel) as src:
+    words = (*(words or SMALL), *STEADY, "--accel", accel)
+    with Source(directory, *words) as src:
         src.wait_filled()
         src.set_capabilities()
         yield src

@@ -36,8 +36,8 @@
 #define COUNT_MS 20
 #define DISK_MS 40
 #define SECTOR 512
-#define PAUSE_PAGES 2048 /* between two rests of the memory check */
-#define WARNING 4        /* of the kernel's log levels; 3 and less is worse */
+#define PAUSE_PAGES 512 /* between two rests of the memory check */
+#define WARNING 4       /* of the kernel's log levels; 3 and less is worse */
 
 static void say(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
