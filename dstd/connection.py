@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from contextlib import ExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -13,6 +13,8 @@ from dstd.fault import Loader
 from dstd.peer import Peer
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from common.channel import Channel, Listener
     from dstd.arrival import Arrival
     from dstd.record import Record
@@ -61,6 +63,20 @@ class Connection:
             else:
                 log.warning("closing a connection that nobody expects")
                 channel.close()
+
+    @asynccontextmanager
+    async def strangers_are_heard(self) -> AsyncIterator[None]:
+        """What they say is read, and means nothing.
+
+        A QEMU with multifd hears why it is refused only if it can write there, too;
+        else it waits until we close, and then perhaps for ever.
+        """
+        async with trio.open_nursery() as nursery:
+            for channel in (self._preempt, *self._strangers):
+                if channel and self._strangers:
+                    nursery.start_soon(channel.drain)
+            yield
+            nursery.cancel_scope.cancel()
 
     @property
     def _preempt_expected(self) -> bool:

@@ -201,14 +201,8 @@ class IncomingMigration:
             cause = cause_of(error)
             if cause is None:
                 raise
-            async with trio.open_nursery() as nursery:
-                # A QEMU with multifd hears why only if it can write there, too;
-                # else it waits until we close, and then perhaps for ever.
-                for channel in (link.preempt, *link.strangers):
-                    if channel and link.strangers:
-                        nursery.start_soon(channel.drain)
+            async with link.strangers_are_heard():
                 await self.arrival.fail(cause, link.peer)
-                nursery.cancel_scope.cancel()
         finally:
             # A request that is being written must not keep us waiting.
             link.main.stop.set()
