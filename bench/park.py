@@ -108,7 +108,7 @@ def cases(size: str) -> Iterator[Case]:
     if small:
         for way in (FULL, *LAZILY, *KNOWINGLY):
             yield Case(size=size, link="deep", way=way, once=not way.lazy)
-        for way in LAZILY:
+        for way in LAZILY + KNOWINGLY:
             yield Case(size=size, link="slow", way=way)
         for way in LAZILY + KNOWINGLY:
             yield Case(size=size, link="wide", way=way, checked=True)

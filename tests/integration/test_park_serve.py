@@ -28,6 +28,7 @@ from support.parking import recover
 from support.ram import HUGE_PAGE, MIB, PAGE, Block, SharedRam
 
 from common.qmp.client import CommandFailed
+from common.store.parked import Parked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -779,6 +780,42 @@ def test_working_set(place: Place, mode: str) -> None:
         # Of some it asks before they have come; how many is a matter of time.
         assert srcd.ours["working-set-pages"] > 0
         assert srcd.ours["requested-pages"] < asked
+
+
+def test_learning(place: Place) -> None:
+    """Nothing comes unasked for a while, so all that is asked for is known."""
+    with place.server("--clone", "--learn", "5") as srcd, place.machine() as qemu:
+        qemu.set_capabilities("postcopy-ram")
+        srcd.migrate(qemu.listen())
+        srcd.wait_status("postcopy-active")
+        wait_for_requests(srcd, COUNTED)
+        assert srcd.ours["background-pages"] == 0
+        complete(srcd, qemu)
+        asked = srcd.ours["urgent-pages"]
+    with Parked.open(place.parked) as parked:
+        assert len(parked.working_set) == asked
+    with place.server("--clone") as srcd, place.machine() as qemu:
+        qemu.set_capabilities("postcopy-ram")
+        srcd.migrate(qemu.listen())
+        complete(srcd, qemu)
+        assert_unharmed(place, qemu)
+        assert srcd.ours["working-set-pages"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--learn", "-1"), "--learn must be 0 to 3600 seconds"),
+        (("--learn", "3601"), "--learn must be 0 to 3600 seconds"),
+        (("--learn", "1", "--restore", "precopy"), "--learn goes with --parked"),
+        (("--learn", "1", "--no-working-set"), "leave one out"),
+    ],
+)
+def test_learning_refused(
+    place: Place, options: tuple[str, ...], sentence: str
+) -> None:
+    with pytest.raises(RuntimeError, match=sentence), place.server(*options):
+        pass
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 12, bytes(1 << 12)])
