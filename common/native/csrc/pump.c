@@ -442,7 +442,10 @@ static uint64_t postcopy_bytes(struct source *s)
 
 static uint64_t since_fault_ns(const struct source *s)
 {
-    return clock_ns() - __atomic_load_n(&s->served_ns, __ATOMIC_RELAXED);
+    uint64_t served = __atomic_load_n(&s->served_ns, __ATOMIC_RELAXED);
+    uint64_t now = clock_ns();
+
+    return now > served ? now - served : 0;
 }
 
 static void leave_processors(struct source *s)
