@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from common.errors import Refused, StreamError
+from common.errors import ChannelLost, Refused, StreamError
 from common.stream import command, fields, returnpath
 from common.stream import constants as c
 
@@ -48,12 +48,16 @@ class Peer:
         self._resumes = None
 
     async def listen(self, pump: Pump) -> None:
-        """Read the return path until SHUT 0; Refused if it refuses."""
+        """Read the return path until SHUT 0; Refused if it refuses.
+
+        Nobody waits for an answer that no loop will read: ChannelLost if it is
+        stopped before.
+        """
         try:
             while not self._shut:
                 message = await pump.message()
                 if message is None:
-                    return
+                    raise ChannelLost("the channel was shut down", channel="main")
                 await self._take(_decode_untrusted(*message), pump)
         finally:
             self.silent.set()
