@@ -86,11 +86,17 @@ class Arrival:
         self.journal.record = Record(
             section_id=section_id,
             is_srcd=peer.is_srcd,
+            migration=peer.migration,
             address=address,
             settings=self.settings.snapshot(),
         )
         await self.journal.keeping.keep(RECEIVED, self.memory.kept)
         await self.journal.begin()
+
+    def note_migration(self, peer: Peer) -> None:
+        """By its number we know its source again."""
+        if peer.migration != self.journal.record.migration:
+            self.journal.write(migration=peer.migration)
 
     # -- whether the guest runs
 

@@ -40,7 +40,7 @@ class Connection:
         self.loader = Loader(arrival.memory, main, preempt=False)
         self.peer = Peer(main)
         if known:
-            self.peer.comes_back(is_srcd=known.is_srcd)
+            self.peer.comes_back(is_srcd=known.is_srcd, migration=known.migration)
             self.loader.begin(known.section_id)
         self.stack = ExitStack()
         """What ends with the connection."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import trio
 
-from common.errors import ChannelLost, MigrationError, StreamError
+from common.errors import ChannelLost, HostError, MigrationError, StreamError
 from common.stream import command, fields, returnpath
 from common.stream import constants as c
 
@@ -33,13 +33,15 @@ class Peer:
         self.return_path = False
         self.is_srcd = False
         self.preempts = False  # srcd only: it will open a preempt channel
+        self.migration: int | None = None  # srcd only: the number it has told
         self.committed = trio.Event()
         self._let_go = False
 
-    def comes_back(self, *, is_srcd: bool) -> None:
-        """A source that resumes says nothing of itself again."""
+    def comes_back(self, *, is_srcd: bool, migration: int | None) -> None:
+        """A source that resumes says nothing of itself again but its number."""
         self.return_path = True
         self.is_srcd = is_srcd
+        self.migration = migration
 
     async def command(self) -> command.Command:
         """The command behind the type byte that was read last."""
@@ -66,6 +68,8 @@ class Peer:
             await self.say(returnpath.Pong(c.PONG_HELLO_ACK))
         elif value == c.PING_PREEMPT:
             self.preempts = True
+        elif self.is_srcd and self.migration is None:
+            self.migration = _migration(value)
 
     async def say(self, message: returnpath.Message) -> None:
         await self._main.write(returnpath.encode(message))
@@ -80,6 +84,7 @@ class Peer:
                     message = returnpath.encode(returnpath.RecvBitmap(block))
                     await self._main.write(message + memory.received_untrusted(block))
                 case command.Ping(value):
+                    await self._check_migration(value)
                     await self.ping(value)
                 case command.Resume():
                     # A source resumes only what it has given up for good.
@@ -87,6 +92,21 @@ class Peer:
                     return
                 case found:
                     raise StreamError("command that does not belong here", got=found)
+
+    async def _check_migration(self, ping: int) -> None:
+        """HostError, which the source is told: it resumes another migration."""
+        number = _migration(ping)
+        # None in the record: an older daemon began it.
+        theirs = self.is_srcd and self.migration in (None, number)
+        if number is None or theirs:
+            return
+        self.is_srcd = True  # no other source tells a number
+        error = HostError(
+            "the source belongs to another migration than this destination; nothing"
+            " has been changed: resume it at the destination that has its guest"
+        )
+        await self.tell(error)
+        raise error
 
     async def wait_for_commit(self) -> None:
         """At the end of precopy: srcd's word that it never runs the guest again."""
@@ -124,3 +144,9 @@ class Peer:
                 await self.say(returnpath.Failure(str(error)))
             await self.say(returnpath.Shut(1))
             await self._main.drain()
+
+
+def _migration(ping: int) -> int | None:
+    """The number of a migration that this PING tells, if it does."""
+    number = ping - c.PING_MIGRATION
+    return number if 0 <= number < c.MIGRATIONS else None

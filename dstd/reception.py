@@ -68,6 +68,7 @@ class Reception:
                 link.peer.return_path = True
             case command.Ping(value):
                 await link.peer.ping(value)
+                arrival.note_migration(link.peer)
             case command.Advise(page_sizes, target_page) if arrival.postcopy.may(
                 P.ADVISE
             ):

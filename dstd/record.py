@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from common.errors import HostError
 from common.guest.attached import INCOMING
-from common.guest.journal import Journal
+from common.guest.journal import Journal, migration_of_untrusted
 from common.store import arriving, parking
 from common.stream.constants import MAX_PACKAGE
 
@@ -51,11 +51,15 @@ POSTCOPY: Final = frozenset({Phase.PACKAGED, Phase.LOADED, Phase.RUNNING})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """`address` is where it listens (address.to_json); `settings` a snapshot."""
+    """`address` is where it listens (address.to_json); `settings` a snapshot.
+
+    `migration` is the number that srcd has given it, None if it has not.
+    """
 
     phase: Phase = Phase.PRECOPY
     section_id: int = 0
     is_srcd: bool = False
+    migration: int | None = None
     address: Mapping[str, Json] | None = None
     settings: Mapping[str, Json] = field(default_factory=dict)
 
@@ -75,6 +79,7 @@ def record_of_untrusted(content: Mapping[str, Json]) -> Record:
             phase=Phase(given["phase"]),
             section_id=int(given["section_id"]),
             is_srcd=bool(given["is_srcd"]),
+            migration=migration_of_untrusted(given),
             address=dict(given["address"]) if given["address"] else None,
             settings=dict(given["settings"]),
         )

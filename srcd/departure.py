@@ -101,6 +101,11 @@ class Departure:
     def wants_postcopy(self) -> bool:
         return self._postcopy_asked and self.advises
 
+    async def tell_migration(self) -> None:
+        """A dstd learns which migration this is, or refuses another's pages."""
+        number = self.journal.record.migration
+        await self.peer.tell_migration(self.channels.main, number)
+
     # -- whose the guest is
 
     @property

@@ -23,7 +23,7 @@ from srcd.departure import Departure, Owner
 from srcd.ownership import Ownership
 from srcd.postcopy import Postcopy
 from srcd.precopy import Precopy
-from srcd.record import Phase, Record
+from srcd.record import Phase, Record, new_migration
 from srcd.switchover import Switchover
 from srcd.taking_up import take_up
 from srcd.urgent import Urgent
@@ -263,7 +263,9 @@ class OutgoingMigration:
     async def _phases(self, address: Address) -> None:
         departure = self._departure
         departure.journal.record = Record(
-            address=address_of.to_json(address), settings=self.settings.snapshot()
+            migration=new_migration(),
+            address=address_of.to_json(address),
+            settings=self.settings.snapshot(),
         )
         await departure.journal.begin()
         precopy = Precopy(departure, self._urgent)

@@ -100,6 +100,12 @@ class Peer:
         await main.write(command.encode(command.Ping(c.PING_SETUP)))
         await self.pong(c.PING_SETUP)
 
+    async def tell_migration(self, main: Channel, number: int | None) -> None:
+        """Which one this is, so that another's destination takes no page of it."""
+        if self.is_dstd and number is not None:
+            ping = command.Ping(c.PING_MIGRATION | number)
+            await main.write(command.encode(ping))
+
     async def tell_received(self, main: Channel, blocks: Sequence[str]) -> None:
         """Ask what it has of these blocks; then the rest is what we owe."""
         self._asked = set(blocks)

@@ -104,6 +104,7 @@ class Postcopy:
         """What the destination has not received is owed, and it is ready for it."""
         urgent, channels = self._urgent, self._departure.channels
         peer, pump = self._departure.peer, self._departure.pump
+        await self._departure.tell_migration()
         tell = partial(peer.tell_received, channels.main, pump.blocks)
         if urgent.is_unknown(address):
             await urgent.while_answering(address, tell)

@@ -32,6 +32,7 @@ class Precopy:
         departure = self._departure
         await departure.channels.main.write(self._opening())
         await self._answer(address)
+        await departure.tell_migration()
         departure.tracking.start()
         if departure.peer.is_dstd and not departure.pump.arrives:
             await self._tell_layout()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Final
 
 from common import address
 from common.errors import HostError
-from common.guest.journal import Journal
+from common.guest.journal import Journal, migration_of_untrusted
 from common.guest.stored import Mark
+from common.stream.constants import MIGRATIONS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,12 +41,17 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """`address` is the destination's (address.to_json); `settings` a snapshot."""
+    """`address` is the destination's (address.to_json); `settings` a snapshot.
+
+    `migration` is the number by which a dstd knows it again, None of one that was
+    begun without.
+    """
 
     phase: Phase = Phase.HERE
     was_running: bool = False
     postcopy: bool = False
     is_dstd: bool = False
+    migration: int | None = None
     preempt: bool | None = None  # None: not known
     preempt_early: bool = False
     address: Mapping[str, Json] | None = None
@@ -67,6 +74,7 @@ def record_of_untrusted(content: Mapping[str, Json]) -> Record:
             was_running=bool(given["was_running"]),
             postcopy=bool(given["postcopy"]),
             is_dstd=bool(given["is_dstd"]),
+            migration=migration_of_untrusted(given),
             preempt=given["preempt"],
             preempt_early=bool(given["preempt_early"]),
             address=dict(given["address"]) if given["address"] else None,
@@ -76,6 +84,11 @@ def record_of_untrusted(content: Mapping[str, Json]) -> Record:
         raise HostError(
             f"what the guest's process keeps is no record: {error}"
         ) from None
+
+
+def new_migration() -> int:
+    """The number of a migration that begins."""
+    return secrets.randbelow(MIGRATIONS)
 
 
 def gone_to(mark: Mark, record: Record | None) -> Record:

@@ -16,6 +16,7 @@ import trio
 from common.errors import HostError
 from common.guest.keeping import identity
 from common.guest.note import LENGTH, Note
+from common.stream.constants import MIGRATIONS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,6 +31,17 @@ log = logging.getLogger(__name__)
 
 
 R = TypeVar("R", bound="DataclassInstance")
+
+
+def migration_of_untrusted(content: Mapping[str, Json]) -> int | None:
+    """The number of the migration that a record is of; ValueError if it is none.
+
+    None: it was begun without, perhaps by an older daemon.
+    """
+    number = content.get("migration")
+    if number is None or (isinstance(number, int) and 0 <= number < MIGRATIONS):
+        return number
+    raise ValueError(f"number of a migration: {number!r}")
 
 
 class Journal(Generic[R]):

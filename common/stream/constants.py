@@ -105,12 +105,14 @@ PING_SETUP: Final = 0x50430002  # behind START: its PONG accepts what came so fa
 PING_COMMIT: Final = 0x50430003  # the source gives the guest up for good
 PING_PREEMPT: Final = 0x50430004  # behind ADVISE: a preempt channel will come
 PING_PREPARED: Final = 0x50430005  # behind LAYOUT: PONG when memory is ready
+PING_MIGRATION: Final = 0x51000000  # and a number: which migration this is
 PONG_HELLO_ACK: Final = 0x50430000  # this destination is dstd
 PING_MARKS: Final = 0x50460000  # "PF" and a number: flow control, see csrc/flow.h
 MIG_CMD_X_LAYOUT: Final = 0x5043  # what a RAM block looks like; never to QEMU
 LAYOUT_VERSION: Final = 0
 LAYOUT_CHUNK: Final = 2 << 20  # bytes of RAM that one byte of a layout tells about
 RP_X_FAILURE: Final = 0x8001  # one sentence, before SHUT 1; never to QEMU
+MIGRATIONS: Final = 1 << 24  # numbers of migrations are below
 
 # --- Limits on what a peer may make us read ---------------------------------
 

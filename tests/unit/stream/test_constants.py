@@ -35,6 +35,13 @@ def test_our_own_values_are_documented(word, value):
     assert f"| {value:#x} | {word} |" in TEXT
 
 
+def test_the_numbers_of_migrations_are_documented():
+    last = c.PING_MIGRATION + c.MIGRATIONS - 1
+    assert f"| {c.PING_MIGRATION:#x} to {last:#x} | PING MIGRATION |" in TEXT
+    others = {value for name, value in vars(c).items() if name.startswith("PING_")}
+    assert not others & set(range(c.PING_MIGRATION + 1, last + 1))
+
+
 def test_failure_is_documented():
     assert f"| {c.RP_X_FAILURE:#x} | FAILURE |" in TEXT
 
