@@ -132,7 +132,17 @@ class Peer:
         except ChannelLost as error:
             log.warning("the source may not know that all has arrived: %s", error)
             return False
-        return await self._main.drain()
+        return await (self._completed() if self.is_srcd else self._main.drain())
+
+    async def _completed(self) -> bool:
+        """Whether srcd says that it has noted it. Its channel's end is no answer:
+        that is also what comes when it dies.
+        """
+        with trio.move_on_after(LAST_WORDS_SECONDS), suppress(MigrationError):
+            while await self.next_kind() == c.QEMU_VM_COMMAND:
+                if await self.command() == command.Ping(c.PING_COMPLETED):
+                    return True
+        return False
 
     async def tell(self, error: MigrationError) -> None:
         """Say why and that it is over; the source goes on with its guest."""

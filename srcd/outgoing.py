@@ -288,6 +288,7 @@ class OutgoingMigration:
         if parked:
             await parked.completed()
             await departure.journal.end()
+        await departure.peer.completed(self.channels.main)
         departure.run_state(parked.state_after if parked else "postmigrate")
         self._end(M.COMPLETED)
 

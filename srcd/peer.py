@@ -6,6 +6,7 @@ that the migration waits for, and the peer's reasons when it refuses.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -122,6 +123,12 @@ class Peer:
         async with self._news:
             while not self._resumes:
                 await self._news.wait()
+
+    async def completed(self, main: Channel) -> None:
+        """Say that we know that all went well: it need not tell us again."""
+        if self.is_dstd:
+            with suppress(ChannelLost):
+                await main.write(command.encode(command.Ping(c.PING_COMPLETED)))
 
     async def shut_down(self) -> None:
         """Wait for its last word, that all went well."""

@@ -105,6 +105,7 @@ PING_SETUP: Final = 0x50430002  # behind START: its PONG accepts what came so fa
 PING_COMMIT: Final = 0x50430003  # the source gives the guest up for good
 PING_PREEMPT: Final = 0x50430004  # behind ADVISE: a preempt channel will come
 PING_PREPARED: Final = 0x50430005  # behind LAYOUT: PONG when memory is ready
+PING_COMPLETED: Final = 0x50430006  # behind SHUT 0: the source has noted it
 PING_MIGRATION: Final = 0x51000000  # and a number: which migration this is
 PONG_HELLO_ACK: Final = 0x50430000  # this destination is dstd
 PING_MARKS: Final = 0x50460000  # "PF" and a number: flow control, see csrc/flow.h

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from typing import TYPE_CHECKING
 
+import pytest
 import trio
 from support.inprocess import Pair, pair
 
@@ -24,6 +25,7 @@ PATIENCE = 20.0
 OPEN = command.encode(command.OpenReturnPath())
 HELLO = command.encode(command.Ping(c.PING_HELLO))
 COMMIT = command.encode(command.Ping(c.PING_COMMIT))
+COMPLETED = command.encode(command.Ping(c.PING_COMPLETED))
 
 
 async def _stream(both: Pair, before_ram: bytes) -> bytes:
@@ -93,3 +95,21 @@ async def test_source_is_gone_before_it_knows() -> None:
         await _receive(both, speak)
         assert both.incoming.status.now is M.FAILED
         assert both.target.state is not GuestState.RUNNING
+
+
+@pytest.mark.parametrize("last", [b"", COMPLETED], ids=["dies", "says so"])
+async def test_source_that_ends_with_the_last_word(last: bytes) -> None:
+    """A srcd that died then ends its channel as if it had noted that word."""
+    with pair(MIB) as both:
+        stream = await _stream(both, OPEN + HELLO)
+
+        def speak(sock: socket.socket) -> None:
+            sock.sendall(stream)
+            _hear(sock, returnpath.Pong(c.PING_LOADED))
+            sock.sendall(COMMIT)
+            _hear(sock, returnpath.Shut(0))
+            sock.sendall(last)
+
+        await _receive(both, speak)
+        assert both.incoming.status.now is M.COMPLETED
+        assert both.incoming.over == bool(last)

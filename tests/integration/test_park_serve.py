@@ -25,6 +25,7 @@ from support.daemons import Destination, Source
 from support.machine import MAIN, Machine
 from support.mute import MuteDestination
 from support.parking import recover
+from support.preempt_thread import NAMED_THREADS, wait_reads_preempt
 from support.ram import HUGE_PAGE, MIB, PAGE, Block, SharedRam
 
 from common.qmp.client import CommandFailed
@@ -192,6 +193,18 @@ def start_slowly(srcd: Source, qemu: Machine, mode: str) -> None:
 
 def wait_for_requests(srcd: Source, count: int) -> None:
     while srcd.ours["requested-pages"] < count:
+        assert srcd.query()["status"] == "postcopy-active", srcd.query()
+
+
+def wait_for_counted(srcd: Source, qemu: Machine) -> None:
+    """Until all pages that the CPU counts in are there.
+
+    It need not have asked for each: some may come before it gets to them.
+    """
+    # Not through a mapping: that would fill what QEMU waits for.
+    while not all(
+        counting_guest.counters(os.pread(qemu.ram[0].fd, counting_guest.LAST, 0))
+    ):
         assert srcd.query()["status"] == "postcopy-active", srcd.query()
 
 
@@ -493,7 +506,7 @@ def test_recovery(
     originals: dict[str, Path], private_dir: Path, version: str, mode: str
 ) -> None:
     place = copied(originals, version, private_dir)
-    with place.server() as srcd, place.machine() as qemu:
+    with place.server() as srcd, place.machine(*NAMED_THREADS) as qemu:
         start_slowly(srcd, qemu, mode)
         for number in range(2):
             wait_for_requests(srcd, COUNTED // 4)
@@ -505,6 +518,8 @@ def test_recovery(
             srcd.execute("migrate", uri=uri, resume=True)
             for side in (srcd, qemu):
                 side.wait_status("postcopy-active")
+            if mode == "preempt":
+                wait_reads_preempt(qemu)
         srcd.set_parameters(max_postcopy_bandwidth=FAST)
         complete(srcd, qemu)
         assert_unharmed(place, qemu)
@@ -768,7 +783,7 @@ def test_working_set(place: Place, mode: str) -> None:
     """What was asked for once is there before it is asked for."""
     with place.server("--clone") as srcd, place.machine() as qemu:
         start_slowly(srcd, qemu, mode)
-        wait_for_requests(srcd, COUNTED)
+        wait_for_counted(srcd, qemu)
         srcd.set_parameters(max_postcopy_bandwidth=FAST)
         complete(srcd, qemu)
         asked = srcd.ours["requested-pages"]

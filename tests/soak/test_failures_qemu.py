@@ -11,10 +11,8 @@ import os
 import random
 import signal
 import socket
-import time
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,12 +20,14 @@ from conformance.test_interop import FAST, MODES, PREEMPT_EARLY
 from support.attached_guest import AttachedGuest
 from support.daemons import Destination, Source
 from support.parked import fill, shared_ram
-from support.qemu import PATIENCE, Qemu
+from support.preempt_thread import NAMED_THREADS, wait_reads_preempt
+from support.qemu import Qemu
 from support.ram import MIB, PAGE, Block, SharedRam, assert_equal_ram
 from support.relay import Link, Relay
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 pytestmark = [pytest.mark.soak, pytest.mark.qemu, pytest.mark.userfaultfd]
 
@@ -37,10 +37,6 @@ SLOW = 512 * 1024  # bytes per second
 BLOCKS = (Block("ram", 96 * MIB), Block("one", MIB))
 # In each of two modes and two directions.
 CUTS = {"10": 50, "7.2": 15}
-# QEMU's, on x86-64.
-NAMED_THREADS = ("-name", "debug-threads=on")
-PREEMPT_THREADS = ("mig/dst/preempt", "fault-fast")
-RECVMSG = "47"
 # Of a killed daemon's counters.
 SENT = ("background-pages", "postcopy-pages")
 
@@ -145,22 +141,6 @@ class Ordeal:
         assert self.daemon.wait_status("completed", "failed", PAUSED) == "completed"
         self.note()
         assert_equal_ram(self.qemu.ram, self.ram)
-
-
-def wait_reads_preempt(qemu: Qemu) -> None:
-    """Until the thread for it waits for what comes on the preempt channel.
-
-    A QEMU that loses its connection sooner crashes: it closes the channel, and
-    the thread, which has just been told to go on, reads from none at all.
-    """
-    (thread,) = [
-        task
-        for task in Path(f"/proc/{qemu.pid}/task").iterdir()
-        if (task / "comm").read_text().strip() in PREEMPT_THREADS
-    ]
-    deadline = time.monotonic() + PATIENCE
-    while (thread / "syscall").read_text().split()[0] != RECVMSG:
-        assert time.monotonic() < deadline, qemu.stderr
 
 
 # --- what fails -----------------------------------------------------------------

@@ -55,7 +55,7 @@ def firmware_path() -> Path:
     return path
 
 
-def counters(ram: mmap.mmap) -> list[int]:
+def counters(ram: mmap.mmap | bytes) -> list[int]:
     """What the pages have counted, modulo 65536."""
     pages = range(FIRST, LAST, PAGE)
     return [int.from_bytes(ram[at : at + 2], "little") for at in pages]

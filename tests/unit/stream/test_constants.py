@@ -29,6 +29,7 @@ def test_every_limit_is_documented():
         ("PONG HELLO_ACK", c.PONG_HELLO_ACK),
         ("PING SETUP", c.PING_SETUP),
         ("PING COMMIT", c.PING_COMMIT),
+        ("PING COMPLETED", c.PING_COMPLETED),
     ],
 )
 def test_our_own_values_are_documented(word, value):
@@ -47,7 +48,10 @@ def test_failure_is_documented():
 
 
 def test_our_own_values_are_none_of_qemus():
-    ours = {c.PING_HELLO, c.PONG_HELLO_ACK, c.PING_SETUP, c.PING_COMMIT}
+    ours = {
+        *(c.PING_HELLO, c.PONG_HELLO_ACK, c.PING_SETUP, c.PING_COMMIT),
+        c.PING_COMPLETED,
+    }
     qemus = {
         c.PING_FIRST,
         c.PING_DISCARDED,
@@ -55,5 +59,5 @@ def test_our_own_values_are_none_of_qemus():
         c.PING_LISTENING,
         c.QEMU_VM_PING_PACKAGED_LOADED,
     }
-    assert len(ours) == 4
+    assert len(ours) == 5
     assert not ours & qemus
