@@ -106,6 +106,7 @@ class Ordeal:
         src, dst = self.ends.src, self.ends.dst
         src.wait_status(SETUP)
         if src.wait_status("postcopy-active", PAUSED) == PAUSED:
+            self.settle()  # the destination may be about to notice
             return False
         dst.wait_status("postcopy-active")
         return True
