@@ -17,6 +17,7 @@ import pytest
 from support.attached_guest import AttachedGuest
 from support.daemons import Destination, Source
 from support.parked import fill, ram_arguments, shared_ram
+from support.preempt_thread import NAMED_THREADS
 from support.qemu import PATIENCE, Qemu
 from support.ram import HUGE_PAGE, MIB, PAGE, Block, SharedRam, assert_equal_ram
 
@@ -124,7 +125,8 @@ def srcd_and_qemu(
     *options: str,
 ) -> Iterator[Ends]:
     """A full srcd, and a QEMU that waits."""
-    with Qemu(*blocks, version=version, incoming=True) as qemu, shared_ram(qemu) as ram:
+    incoming = Qemu(*blocks, version=version, incoming=True, arguments=NAMED_THREADS)
+    with incoming as qemu, shared_ram(qemu) as ram:
         fill(ram, seed=1)
         options = (*ram_arguments(qemu, ram), *options)
         with Source(directory, *options) as srcd:

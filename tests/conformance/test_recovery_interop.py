@@ -20,6 +20,7 @@ from conformance.test_interop import (
 from support.attached_guest import AttachedGuest
 from support.daemons import Destination
 from support.parked import shared_ram
+from support.preempt_thread import wait_reads_preempt
 from support.qemu import Qemu
 from support.ram import MIB, PAGE, Block
 
@@ -75,11 +76,15 @@ def recover(source: Any, destination: Any, uri: str) -> None:
         assert "postcopy-recover-setup" in source.statuses
 
 
-def cut_and_recover(ends: Ends, source: Any, destination: Any, where: Path) -> None:
+def cut_and_recover(
+    ends: Ends, source: Any, destination: Any, where: Path, mode: str
+) -> None:
     """Twice; then at full speed to the end."""
     for pauser in ("source", "destination"):
         cut(source, destination, pauser)
         recover(source, destination, f"unix:{where}/{pauser}")
+        if destination is ends.qemu and mode == "preempt":
+            wait_reads_preempt(ends.qemu)
     source.set_parameters(max_postcopy_bandwidth=FAST)
     both_complete(ends)
     assert ends.daemon.statuses.count(PAUSED) == 2
@@ -91,7 +96,7 @@ def cut_and_recover(ends: Ends, source: Any, destination: Any, where: Path) -> N
 def test_from_qemu(private_dir: Path, version: str, layout: str, mode: str) -> None:
     with qemu_and_dstd(private_dir, LAYOUTS[layout], version, MODES[mode]) as ends:
         into_postcopy(ends.qemu, ends.daemon, mode)
-        cut_and_recover(ends, ends.qemu, ends.daemon, private_dir)
+        cut_and_recover(ends, ends.qemu, ends.daemon, private_dir, mode)
         assert ends.daemon.ours["duplicate-pages"] == 0
 
 
@@ -102,7 +107,7 @@ def test_to_qemu(private_dir: Path, version: str, layout: str, mode: str) -> Non
     blocks = LAYOUTS[layout]
     with srcd_and_qemu(private_dir, blocks, version, MODES[mode], *options) as ends:
         into_postcopy(ends.daemon, ends.qemu, mode)
-        cut_and_recover(ends, ends.daemon, ends.qemu, private_dir)
+        cut_and_recover(ends, ends.daemon, ends.qemu, private_dir, mode)
         assert ends.daemon.ours["background-pages"] > 0
 
 
