@@ -543,8 +543,8 @@ def test_stranger_beside_the_source(private_dir: Path) -> None:
             assert stranger.recv(1) == b""
         before = src.report()
         src.set_parameters(max_bandwidth=0)
-        assert src.wait_status("completed", "failed") == "completed"
-        assert dst.wait_status("completed", "failed") == "completed"
+        assert src.wait_status("completed", "failed") == "completed", src.said
+        assert dst.wait_status("completed", "failed") == "completed", dst.said
         assert_unharmed(dst, before)
 
 

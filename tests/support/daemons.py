@@ -104,7 +104,7 @@ class Daemon:
             try:
                 client = QmpClient(str(self.qmp_path), timeout=STATUS_SECONDS)
                 return client.__enter__()
-            except OSError:
+            except (OSError, EOFError):  # or it has ended before it could greet
                 if self.process.poll() is not None:
                     raise RuntimeError(f"{self.program} ended: {self.said}") from None
                 if time.monotonic() > deadline:
