@@ -42,7 +42,7 @@ class Ownership:
         departure.journal.write(
             phase=Phase.PACKAGED,
             postcopy=postcopy,
-            preempt=self._urgent.is_there,
+            preempt=self._urgent.known,
             preempt_early=self._urgent.early,
         )
 

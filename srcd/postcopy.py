@@ -45,7 +45,9 @@ class Postcopy:
             # Only what it asks for is on its way meanwhile: it loads sooner, and if
             # it fails nothing unread makes a reset of the end of its connection.
             await self._switchover.loaded()
-            await self._departure.pump.postcopy()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._decide_preempt)
+                await self._departure.pump.postcopy()
             await self._end()
 
     async def resume(self, address: Address) -> None:
@@ -73,6 +75,12 @@ class Postcopy:
             # Not before a PONG: else the destination may take it for main.
             await self._urgent.connect(address)
 
+    async def _decide_preempt(self) -> None:
+        """Until now what the guest asked for went on main."""
+        await self._urgent.decide()
+        if self._urgent.channel:
+            self._departure.pump.use_preempt(self._urgent.channel)
+
     async def _wait_until_ready(self, *, prepares: bool) -> None:
         """What would make the guest stand still longer; it runs meanwhile."""
         peer = self._departure.peer
@@ -86,7 +94,7 @@ class Postcopy:
     async def _discard(self) -> None:
         """What is dirty is owed, and no page of it counts as received."""
         pump, channels = self._departure.pump, self._departure.channels
-        pump.connect(channels.main, channels.preempt)
+        pump.connect(channels.main, self._urgent.channel)
         pump.owe_dirty()
         self._choose_zeroes()
         await pump.discards()
@@ -94,7 +102,7 @@ class Postcopy:
 
     def _choose_zeroes(self) -> None:
         """dstd counts pages, and QEMU 7 waits for the last ones it asked for."""
-        early = self._urgent.is_there and self._urgent.early
+        early = self._urgent.channel is not None and self._urgent.early
         counts = self._departure.peer.is_dstd or early
         self._departure.pump.leave_out_zeroes(not counts)
 
@@ -109,13 +117,14 @@ class Postcopy:
         if urgent.is_unknown(address):
             await urgent.while_answering(address, tell)
             await urgent.find(address)
+            await urgent.decide()
         else:
             if urgent.early:
                 await urgent.connect(address)
             await tell()
             if not urgent.early:
                 await urgent.connect(address)
-        pump.connect(channels.main, channels.preempt)
+        pump.connect(channels.main, urgent.channel)
         await peer.resume(channels.main)
 
     # -- the end
@@ -126,6 +135,6 @@ class Postcopy:
         channels = departure.channels
         departure.pump.will_end()
         await channels.main.write(sections.ram_end(departure.guest) + section.EOF)
-        if channels.preempt and self._urgent.early:
-            await channels.preempt.write(sections.EOS)  # QEMU 7 waits for it
+        if self._urgent.channel and self._urgent.early:
+            await self._urgent.channel.write(sections.EOS)  # QEMU 7 waits for it
         await departure.peer.shut_down()

@@ -8,7 +8,6 @@ after it: then the second one is made while the first answer is awaited.
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -39,16 +38,22 @@ async def answered_or(
         nursery.cancel_scope.cancel()
 
 
-async def stays_open(channel: Channel, answer: Callable[[], Awaitable[None]]) -> bool:
-    """Whether the other side has taken the connection, and not closed it.
+async def looked_at(answer: Callable[[], Awaitable[None]]) -> float:
+    """Wait until the other side has taken the last connection, or closed it.
 
     `answer` goes to the other side and back. It takes new connections and answers
-    in turn, so that it has looked at this one when two answers are here.
+    in turn, so that it has looked at this one when two answers are here. Returns
+    until when the end may still be on its way, on trio's clock.
     """
-    begun = time.monotonic()
+    begun = trio.current_time()
     await answer()
     await answer()
-    way = (time.monotonic() - begun) / 2
-    with trio.move_on_after(CLOSING_SECONDS + way):
+    way = (trio.current_time() - begun) / 2
+    return trio.current_time() + CLOSING_SECONDS + way
+
+
+async def stays_open(channel: Channel, until: float) -> bool:
+    """Whether the other side has not closed it until then."""
+    with trio.CancelScope(deadline=until):
         await trio.lowlevel.wait_readable(channel.fd)
     return not channel.hung_up()

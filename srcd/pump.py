@@ -170,6 +170,11 @@ class Pump:
         self._keep = (main.native, urgent.native)
         lib.source_connect(self._native, main.native, urgent.native)
 
+    def use_preempt(self, preempt: Channel) -> None:
+        """Urgent pages go there from now on; the loops may run."""
+        self._keep = (*self._keep, preempt.native)
+        lib.source_use_preempt(self._native, preempt.native)
+
     def limit(self, bytes_per_second: int) -> None:
         """Bandwidth of pages that nobody asked for; 0 is unlimited."""
         lib.source_limit(self._native, bytes_per_second)

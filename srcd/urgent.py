@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
     from common.address import Address
+    from common.channel import Channel
     from srcd.departure import Departure
 
 log = logging.getLogger(__name__)
@@ -34,14 +35,23 @@ class Urgent:
         self.early = early
         self._departure = departure
         self._channels = departure.channels
+        self._undecided: float | None = None
+        """Until when the end of a channel that is tried may be on its way."""
 
     @property
     def _is_on(self) -> bool:
         return self._departure.settings.on("postcopy-preempt")
 
     @property
-    def is_there(self) -> bool:
-        return self._channels.preempt is not None
+    def channel(self) -> Channel | None:
+        """What urgent pages go on for certain; else they go on main."""
+        return self._channels.preempt if self._undecided is None else None
+
+    @property
+    def known(self) -> bool | None:
+        """Whether there is one; None: that is to be found out."""
+        parked = self._departure.parked
+        return parked.preempt if parked else self.channel is not None
 
     async def connect(self, address: Address) -> None:
         """Make it, if there is to be one."""
@@ -68,7 +78,7 @@ class Urgent:
         self.early = True
 
     async def find(self, address: Address) -> None:
-        """Find it out, and leave the channel there if it is wanted."""
+        """Find it out; of a QEMU that answers early, it may take until `decide`."""
         parked, peer = self._departure.parked, self._departure.peer
         assert parked is not None
         if peer.is_dstd:
@@ -78,20 +88,37 @@ class Urgent:
         if self._channels.preempt is None:
             await self._channels.open_preempt(address)
         assert self._channels.preempt
-        parked.preempt = await preempt.stays_open(
-            self._channels.preempt, partial(peer.caught_up, self._channels.main)
+        self._undecided = await preempt.looked_at(
+            partial(peer.caught_up, self._channels.main)
         )
-        if not parked.preempt:
+        if self.early:  # it makes a difference from the package on
+            await self.decide()
+
+    async def decide(self) -> None:
+        """What is tried is wanted, or it is closed: `channel` tells from now on.
+
+        That it was closed is not remembered: perhaps only the connection was lost,
+        and a recovery with one channel too few would wait for ever.
+        """
+        if self._undecided is None:
+            return
+        parked, channel = self._departure.parked, self._channels.preempt
+        assert parked
+        assert channel
+        if stays := await preempt.stays_open(channel, self._undecided):
+            parked.preempt = True
+            self._departure.journal.write(preempt=True)
+        else:
             self._channels.close_preempt()
             self.early = False
-        log.info("preempt channel: %s", "yes" if parked.preempt else "no")
+        self._undecided = None
+        log.info("preempt channel: %s", "yes" if stays else "no")
 
     # -- used
 
     def check(self) -> None:
         """A destination that has the capability off has closed it by now."""
-        channel = self._channels.preempt
-        if channel and channel.hung_up():
+        if self.channel and self.channel.hung_up():
             raise ChannelLost(
                 "the destination has closed the preempt channel; switch"
                 " postcopy-preempt on on both sides or on neither",

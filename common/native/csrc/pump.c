@@ -571,8 +571,8 @@ static struct result send_owed(struct source *s)
         leave_processors(s);
     }
     /* An urgent page that was claimed is written when the lock is free. */
-    channel_lock(s->urgent);
-    channel_unlock(s->urgent);
+    channel_lock(source_urgent(s));
+    channel_unlock(source_urgent(s));
     return result_ok();
 }
 

@@ -18,11 +18,11 @@
  */
 static struct result wait_for_message(struct source *s)
 {
-    bool watch = s->urgent != s->main;
+    struct channel *urgent = source_urgent(s);
     struct pollfd fds[] = {
         { .fd = s->main->stop_fd, .events = POLLIN },
         { .fd = s->main->fd, .events = POLLIN },
-        { .fd = watch ? s->urgent->fd : -1, .events = POLLRDHUP },
+        { .fd = urgent != s->main ? urgent->fd : -1, .events = POLLRDHUP },
     };
     struct timespec look = { .tv_nsec = ARRIVING_LOOK_NS };
 

@@ -65,6 +65,11 @@ void source_connect(struct source *s, struct channel *main_channel,
     __atomic_store_n(&s->ended, 0, __ATOMIC_SEQ_CST);
 }
 
+void source_use_preempt(struct source *s, struct channel *preempt)
+{
+    __atomic_store_n(&s->urgent, preempt, __ATOMIC_SEQ_CST);
+}
+
 void source_wake(struct source *s)
 {
     uint64_t one = 1;

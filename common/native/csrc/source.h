@@ -54,7 +54,7 @@ struct asked_page {
 struct source {
     struct ram *ram;
     struct channel *main;
-    struct channel *urgent; /* the preempt channel, or main without one */
+    struct channel *urgent; /* atomic: preempt, or main without one */
     uint32_t section_id;
     struct limit limit;  /* of background pages */
     struct flow flow;    /* of the same, in postcopy */
@@ -95,6 +95,11 @@ void source_await(struct source *s, struct arriving *arriving);
 /* A new epoch: channels are new, the cursors start over. */
 void source_connect(struct source *s, struct channel *main_channel,
                     struct channel *urgent);
+/*
+ * Urgent pages go on this channel from now on, while loops run: it has turned
+ * out that the peer reads from it.
+ */
+void source_use_preempt(struct source *s, struct channel *preempt);
 void source_limit(struct source *s, uint64_t bytes_per_second);
 void source_yield(struct source *s, bool yield);
 
@@ -116,6 +121,11 @@ uint64_t source_owed_pages(const struct source *s);
  * may run.
  */
 void source_owe_missing(struct ram_block *b, const uint8_t *received);
+static inline struct channel *source_urgent(const struct source *s)
+{
+    return __atomic_load_n(&s->urgent, __ATOMIC_SEQ_CST);
+}
+
 /* Whoever clears the bit sends the page: true for one caller. */
 bool source_claim(struct ram_block *b, uint64_t host);
 

@@ -12,7 +12,7 @@ static void leave_hint(struct source *s, const struct ram_block *b,
 {
     uint64_t block = (uint64_t)(b - s->ram->blocks);
 
-    if (s->urgent == s->main || s->stored) {
+    if (source_urgent(s) == s->main || s->stored) {
         __atomic_store_n(&s->hint, 1 + (block << HINT_BITS | host),
                          __ATOMIC_RELAXED);
     }
@@ -99,16 +99,17 @@ static struct result add_neighbours(struct source *s, struct batch *batch,
     return r;
 }
 
-static struct result write_urgent_locked(struct source *s, struct ram_block *b,
-                                         uint64_t host)
+static struct result write_urgent_locked(struct source *s,
+                                         struct channel *urgent,
+                                         struct ram_block *b, uint64_t host)
 {
     struct batch *batch = &s->urgent_batch;
-    bool own_channel = s->urgent != s->main;
+    bool own_channel = urgent != s->main;
     struct result r;
 
     if (own_channel) {
         batch_reset(batch);
-        batch->last = s->urgent->last_block;
+        batch->last = urgent->last_block;
     } else {
         batch_begin_part(batch, s->section_id);
     }
@@ -122,12 +123,12 @@ static struct result write_urgent_locked(struct source *s, struct ram_block *b,
         return r;
     }
     if (own_channel) {
-        s->urgent->last_block = batch->last;
+        urgent->last_block = batch->last;
         batch_end(batch);
     } else {
         batch_end_part(batch, s->section_id);
     }
-    return channel_writev_locked(s->urgent, batch->iov, batch->iov_count);
+    return channel_writev_locked(urgent, batch->iov, batch->iov_count);
 }
 
 /*
@@ -140,9 +141,10 @@ static bool has_ended(const struct source *s)
     return __atomic_load_n(&s->ended, __ATOMIC_SEQ_CST);
 }
 
-static bool claim_locked(struct source *s, struct ram_block *b, uint64_t host)
+static bool claim_locked(const struct source *s, const struct channel *urgent,
+                         struct ram_block *b, uint64_t host)
 {
-    return !(has_ended(s) && s->urgent == s->main) && source_claim(b, host);
+    return !(has_ended(s) && urgent == s->main) && source_claim(b, host);
 }
 
 static struct result await_page(struct source *s, struct ram_block *block,
@@ -176,6 +178,7 @@ struct result urgent_serve_arrived(struct source *s)
 struct result urgent_serve(struct source *s, struct ram_block *block,
                            uint64_t offset, uint64_t asked_ns)
 {
+    struct channel *urgent = source_urgent(s);
     uint64_t host = offset >> block->host_bits;
     struct result r = result_ok();
     uint64_t begun_ns;
@@ -190,13 +193,13 @@ struct result urgent_serve(struct source *s, struct ram_block *block,
     if (!RESULT_IS_OK(r)) {
         return r;
     }
-    channel_lock(s->urgent);
+    channel_lock(urgent);
     begun_ns = clock_ns();
-    owed = claim_locked(s, block, host);
+    owed = claim_locked(s, urgent, block, host);
     if (owed) {
-        r = write_urgent_locked(s, block, host);
+        r = write_urgent_locked(s, urgent, block, host);
     }
-    channel_unlock(s->urgent);
+    channel_unlock(urgent);
     if (!owed) {
         STATS_ADD(s->stats.requests_late, 1);
         return r;
@@ -210,7 +213,7 @@ struct result urgent_serve(struct source *s, struct ram_block *block,
     leave_hint(s, block, host);
     source_count(s, &s->urgent_batch);
     STATS_ADD(s->stats.urgent_pages, s->urgent_batch.pages);
-    if (s->urgent != s->main) {
+    if (urgent != s->main) {
         STATS_ADD(s->stats.urgent_on_preempt, s->urgent_batch.pages);
     }
     return r;
