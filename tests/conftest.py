@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 
+# A guest's process gives its memory back after its daemon has ended.
+ENDING_SECONDS = 5.0
+
+
 def pytest_configure() -> None:
     processes.adopt_orphans()
 
@@ -35,7 +39,9 @@ def nothing_left_running() -> Iterator[None]:
     before = processes.children()
     yield
     left = {
-        pid: name for pid, name in processes.children().items() if pid not in before
+        pid: name
+        for pid, name in processes.children().items()
+        if pid not in before and not processes.wait_end(pid, ENDING_SECONDS)
     }
     for pid in left:
         processes.end(pid)

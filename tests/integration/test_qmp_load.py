@@ -36,20 +36,26 @@ def worked(srcd: Source) -> float:
     return int(schedstat.split()[0]) / 1e9
 
 
+def stood() -> float:
+    """Seconds that this thread was kept from a processor by others."""
+    return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+
+
 def waits(
     srcd: Source, until: subprocess.Popen[str]
 ) -> tuple[list[float], list[float]]:
     """How long a good client waits for each answer, for as long as that runs.
 
     On the wall's clock, and on the daemon's own: that one stands still while
-    something else than the daemon keeps this machine busy.
+    something else than the daemon keeps this machine busy. What it did while the
+    client was kept from reading an answer is not counted.
     """
     wall, own = [], []
     while until.poll() is None:
-        begun = time.monotonic(), worked(srcd)
+        begun, before = time.monotonic(), worked(srcd) - stood()
         assert srcd.execute("query-status")["status"] == "running"
-        wall.append(time.monotonic() - begun[0])
-        own.append(worked(srcd) - begun[1])
+        wall.append(time.monotonic() - begun)
+        own.append(worked(srcd) - stood() - before)
         time.sleep(0.002)  # what a client does between two looks
     return wall, own
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import signal
 from pathlib import Path
 
@@ -26,6 +27,20 @@ def children() -> dict[int, str]:
                 if name is not None:
                     found[pid] = name
     return found
+
+
+def wait_end(pid: int, seconds: float) -> bool:
+    """Whether a child ends in that time; its exit status stays to be taken."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
+    finally:
+        os.close(fd)
 
 
 def _living(pid: int) -> str | None:
