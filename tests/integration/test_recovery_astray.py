@@ -278,9 +278,11 @@ async def test_where_all_has_come_already(monkeypatch: pytest.MonkeyPatch) -> No
 
         one.incoming.arrival.complete = lose_it  # type: ignore[method-assign]
         cut_at_the_end(two)
+        closed = closing(monkeypatch, one)
         async with postcopy(one) as first, postcopy(two) as second:
             await first[0].wait(M.POSTCOPY_PAUSED)
             await first[1].wait(M.COMPLETED)
+            await closed.wait()
             await both_wait(second, M.POSTCOPY_PAUSED)
             closed = closing(monkeypatch, one)
             two.outgoing.resume(address.Tcp("127.0.0.1", port_of(one)))
