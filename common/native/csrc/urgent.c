@@ -79,12 +79,23 @@ static void note_page(struct source *s, const struct ram_block *b,
     }
 }
 
+/* The window tells of a link that is not known yet more than it can do. */
+static uint64_t neighbours(struct source *s)
+{
+    uint64_t most = flow_bytes_in(&s->flow, NEIGHBOURS_NS) >> TARGET_PAGE_BITS;
+    uint64_t page_ns = flow_link_ns(&s->flow, TARGET_PAGE_SIZE);
+
+    if (most > NEIGHBOURS_MAX) {
+        most = NEIGHBOURS_MAX;
+    }
+    return most * page_ns > NEIGHBOURS_NS ? NEIGHBOURS_NS / page_ns : most;
+}
+
 static struct result add_neighbours(struct source *s, struct batch *batch,
                                     struct ram_block *b, uint64_t host)
 {
     struct result r = result_ok();
-    uint64_t most = flow_bytes_in(&s->flow, NEIGHBOURS_NS) >> TARGET_PAGE_BITS;
-    uint64_t end = host + 1 + (most < NEIGHBOURS_MAX ? most : NEIGHBOURS_MAX);
+    uint64_t end = host + 1 + neighbours(s);
 
     if (end > block_hosts(b)) {
         end = block_hosts(b);
