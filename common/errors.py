@@ -6,6 +6,7 @@
     ├── Refused             the peer refused, and said why
     ├── GuestError          the guest's process refused or died
     └── HostError           the kernel refused: a capability, a limit, a device
+        └── Unusable        what the operator has named is something else
 
 What each branch does to a migration:
 
@@ -116,6 +117,14 @@ class HostError(MigrationError):
 
     def __str__(self) -> str:
         return self.message + _evidence(errno=_errno_name(self.errno), path=self.path)
+
+
+class Unusable(HostError):
+    """What the operator has named is not what it is named for, and stays so.
+
+    A daemon ends with the exit status of a wrong command line, so that nobody
+    starts it again and again.
+    """
 
 
 # What tells most comes first: a peer that refuses also closes its channels.

@@ -7,13 +7,13 @@ import signal
 import sys
 from contextlib import asynccontextmanager
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import trio
 
 from common import address
 from common.config import ConfigError
-from common.errors import MigrationError, cause_of
+from common.errors import MigrationError, Unusable, cause_of
 from common.guest.attached import AttachedGuest
 from common.guest.stored import StoredGuest
 from common.host import journal
@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# Exit statuses; the units start a daemon again after the first of them.
+FAILURE: Final = 1
+USAGE: Final = 2
+
 
 def run(
     program: str, config: ServeConfig, serve: Callable[[ServeConfig], Awaitable[int]]
@@ -49,7 +53,8 @@ def run(
         cause = cause_of(error) or _refusal(error)
         if cause is None:
             raise
-        sys.exit(f"{program}: {cause}")
+        print(f"{program}: {cause}", file=sys.stderr, flush=True)
+        sys.exit(USAGE if isinstance(cause, Unusable) else FAILURE)
 
 
 def _refusal(error: Exception) -> OSError | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from typing import TYPE_CHECKING, Final
@@ -145,10 +146,12 @@ class Pump:
             return error
         damaged = self._blocks()[block[0]]
         file = os.readlink(f"/proc/self/fd/{damaged.fd}")
+        wrong = error.errno == errno.EBADMSG  # it could be read
         return HostError(
             f"{file}: RAM block {_name(damaged)}, offset {offset[0]:#x}:"
-            f" {error.message}; restore this file from a copy",
-            errno=error.errno,
+            f" {'it is not what it was' if wrong else error.message}; restore this"
+            " file from a copy",
+            errno=None if wrong else error.errno,
         )
 
     # -- the loops

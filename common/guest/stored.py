@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final, NoReturn, Self
 
 import trio
 
-from common.errors import GuestError, HostError
+from common.errors import GuestError, HostError, Unusable
 from common.guest.base import Device, GuestState, RamBlock
 from common.guest.keeping import KeptFiles
 from common.store.arriving import Arriving
@@ -146,9 +146,9 @@ class StoredGuest:
         self.mark = mark
 
     def check_elsewhere(self) -> None:
-        """HostError if the VM runs elsewhere, and this is no copy."""
+        """Unusable if the VM runs elsewhere, and this is no copy."""
         if not self.clone and (where := self.parked.running):
-            raise HostError(
+            raise Unusable(
                 f"{self.parked.path}: this VM runs elsewhere, {where}; serve a copy of"
                 " it with --clone"
             )

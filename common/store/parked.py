@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from common.errors import HostError
+from common.errors import HostError, Unusable
 from common.store import (
     checksum,
     description,
@@ -214,7 +214,7 @@ def _read_manifest(directory: Path) -> Manifest:
                 f"{directory} is incomplete: only a part of the VM arrived; resume that"
                 " migration into it, or remove it"
             )
-        raise HostError(f"{directory} is not a parked VM: it has no {manifest.NAME}")
+        raise Unusable(f"{directory} is not a parked VM: it has no {manifest.NAME}")
     try:
         return manifest.decode_untrusted(files.read(path, manifest.MAX_SIZE))
     except ManifestError as error:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 import trio
 
-from common.errors import HostError, StreamError
+from common.errors import HostError, StreamError, Unusable
 from common.store import (
     checksum,
     description,
@@ -375,21 +375,21 @@ def _turn(name: str) -> tuple[bool, bool]:
 def _check_empty(path: Path) -> None:
     _refuse_complete(path)
     if receiving.is_here(path):
-        raise HostError(
+        raise Unusable(
             f"{path} holds a VM of which only a part arrived; resume that migration,"
             " or remove the directory"
         )
     with files.named(path, "read"):
         names = sorted({*os.listdir(path)} - {description.NAME})
     if names:
-        raise HostError(
+        raise Unusable(
             f"{path} is not empty: it holds {names[0]}; name a new directory"
         )
 
 
 def _refuse_complete(path: Path) -> None:
     if (path / manifest.NAME).exists():
-        raise HostError(
+        raise Unusable(
             f"{path} holds a parked VM already, and a complete one: serve it, or name a"
             " new directory"
         )
