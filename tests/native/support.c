@@ -500,7 +500,7 @@ static const char *walk_mark(struct walker *w)
         return "unexpected command";
     }
     __atomic_fetch_add(&w->marks, 1, __ATOMIC_SEQ_CST);
-    return pump_take_answer_untrusted(w->asker, (uint32_t)be(bytes + 4, 4)) ?
+    return pace_take_answer_untrusted(w->asker, (uint32_t)be(bytes + 4, 4)) ?
                NULL :
                "a PING that is no mark";
 }

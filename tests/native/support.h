@@ -8,6 +8,7 @@
 #define TESTS_NATIVE_SUPPORT_H
 
 #include "channel.h"
+#include "pace.h"
 #include "pump.h"
 #include "ram.h"
 

@@ -21,7 +21,4 @@ struct result pump_discards(struct source *s);
 /* Send all that is owed; RESULT_OK when nothing is left and in flight. */
 struct result pump_postcopy(struct source *s);
 
-/* For the return path's reader: a PONG that may answer one of our marks. */
-bool pump_take_answer_untrusted(struct source *s, uint32_t value);
-
 #endif

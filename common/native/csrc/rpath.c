@@ -1,6 +1,6 @@
 #include "rpath.h"
 
-#include "pump.h"
+#include "pace.h"
 #include "turn.h"
 #include "urgent.h"
 
@@ -125,7 +125,7 @@ static struct result serve_untrusted(struct source *s,
 static bool is_answer_untrusted(struct source *s, const struct rp_message *m)
 {
     return m->type == RP_PONG && m->length == 4 &&
-           pump_take_answer_untrusted(s, wire_get_be32(m->payload));
+           pace_take_answer_untrusted(s, wire_get_be32(m->payload));
 }
 
 static struct result answer_requests(struct source *s,

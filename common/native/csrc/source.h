@@ -121,6 +121,11 @@ uint64_t source_owed_pages(const struct source *s);
  * may run.
  */
 void source_owe_missing(struct ram_block *b, const uint8_t *received);
+static inline bool source_must_yield(const struct source *s)
+{
+    return __atomic_load_n(&s->yield, __ATOMIC_SEQ_CST);
+}
+
 static inline struct channel *source_urgent(const struct source *s)
 {
     return __atomic_load_n(&s->urgent, __ATOMIC_SEQ_CST);
