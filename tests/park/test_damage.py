@@ -13,6 +13,7 @@ import re
 from typing import TYPE_CHECKING
 
 import pytest
+from support.damage import flip
 from support.parking import (
     CRAWL,
     FAST,
@@ -47,15 +48,6 @@ def shop(private_dir: Path) -> Iterator[Workshop]:
             qemu.migrate(dstd.listen())
             qemu.wait_status("completed")
         yield shop
-
-
-def flip(file: Path, number: int) -> None:
-    """One bit of it; a second time, it is as it was."""
-    with file.open("r+b") as opened:
-        opened.seek(number // 8)
-        byte = opened.read(1)[0] ^ 1 << number % 8
-        opened.seek(number // 8)
-        opened.write(bytes([byte]))
 
 
 def wrong_pages(found: memoryview | bytes, right: bytes) -> list[int]:

@@ -1,0 +1,28 @@
+"""What several modules of tests begin with."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from support import parked_machine
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from support.parked_machine import Place
+
+
+@pytest.fixture(scope="session")
+def originals() -> Iterator[dict[str, Path]]:
+    """A parked VM of each version of QEMU, made when it is asked for."""
+    with tempfile.TemporaryDirectory(prefix="pc-", dir="/tmp") as path:
+        yield parked_machine.Originals(Path(path))
+
+
+@pytest.fixture
+def place(originals: dict[str, Path], private_dir: Path) -> Place:
+    """A copy of the one of QEMU 10."""
+    return parked_machine.copied(originals, "10", private_dir)
