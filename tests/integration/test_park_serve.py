@@ -24,6 +24,7 @@ from support.parked_machine import (
     Place,
     assert_on_preempt,
     assert_unharmed,
+    both_modes,
     complete,
     copied,
     park,
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 pytestmark = [pytest.mark.qemu, pytest.mark.userfaultfd]
-
-both_modes = pytest.mark.parametrize("mode", MODES)
 
 
 def wait_for_preempt(srcd: Source) -> None:

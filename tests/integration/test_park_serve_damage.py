@@ -17,6 +17,7 @@ from support.parked_machine import (
     PAUSED,
     Place,
     assert_unharmed,
+    both_modes,
     complete,
 )
 from support.parking import recover
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
     from support.machine import Machine
 
 pytestmark = [pytest.mark.qemu, pytest.mark.userfaultfd]
-
-both_modes = pytest.mark.parametrize("mode", MODES)
 
 
 @pytest.mark.parametrize("restore", ["lazy", "precopy"])

@@ -12,6 +12,7 @@ from support.parked_machine import (
     FAST,
     MODES,
     assert_unharmed,
+    both_modes,
     complete,
     start_slowly,
     wait_for_requests,
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from support.parked_machine import Place
 
 pytestmark = [pytest.mark.qemu, pytest.mark.userfaultfd]
-
-both_modes = pytest.mark.parametrize("mode", MODES)
 
 
 def wait_for_counted(srcd: Source, qemu: Machine) -> None:

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from support import counting_guest
 from support.daemons import Destination, Source
 from support.machine import MAIN, Machine
@@ -41,6 +43,7 @@ MODES = {
     "plain": ("postcopy-ram",),
     "preempt": ("postcopy-ram", "postcopy-preempt"),
 }
+both_modes = pytest.mark.parametrize("mode", MODES)
 EVERYWHERE = [(version, mode) for version in ("10", "7.2") for mode in MODES]
 
 
