@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support import parked_machine
+from support.microvm import Bench
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,3 +27,11 @@ def originals() -> Iterator[dict[str, Path]]:
 def place(originals: dict[str, Path], private_dir: Path) -> Place:
     """A copy of the one of QEMU 10."""
     return parked_machine.copied(originals, "10", private_dir)
+
+
+@pytest.fixture
+def bench(private_dir: Path) -> Iterator[Bench]:
+    """Guest programs of the test's own, and a fake daemon for them."""
+    bench = Bench(private_dir / "guest")
+    yield bench
+    bench.close()
