@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from support import parked_machine
+from support import installed, parked_machine
 from support.microvm import Bench
 
 if TYPE_CHECKING:
@@ -35,3 +35,11 @@ def bench(private_dir: Path) -> Iterator[Bench]:
     bench = Bench(private_dir / "guest")
     yield bench
     bench.close()
+
+
+@pytest.fixture(scope="session")
+def destination(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make install` puts in place; tests only read it."""
+    folder = tmp_path_factory.mktemp("installed")
+    installed.make("install", folder)
+    return folder

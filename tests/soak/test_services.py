@@ -7,18 +7,12 @@ import random
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from integration.test_systemd import (
-    DestinationUnit,
-    SourceUnit,
-    Unit,
-    a_host,
-    started,
-)
 from support import installed
 from support.daemons import POSTCOPY, PREEMPT, prepare
 from support.ordeal import PAUSED, Ordeal, guest_memory
 from support.recovery import SLOW, Ends
 from support.relay import Relay
+from support.units import DestinationUnit, SourceUnit, Unit, a_host, started
 
 if TYPE_CHECKING:
     from collections.abc import Callable
