@@ -47,24 +47,17 @@ def assert_goes_on(clone: LinuxGuest, parked_at: Console) -> None:
 
 def test_two_at_once(private_dir: Path) -> None:
     with Workshop(private_dir, disk=False) as shop:
-        guest = shop.boot()
-        guest.wait_busy()
-        shop.park(guest, "precopy")
-        parked_at = guest.console()
+        parked_at = shop.boot_parked("precopy")
         for clone in serve_two(shop):
             assert_goes_on(clone, parked_at)
         # Clones leave no mark: the guest itself can still run.
-        shop.last = guest
         shop.serve("lazy").wait_continued(parked_at)
 
 
 def test_second_run_is_refused(private_dir: Path) -> None:
     """The VM belongs to the QEMU that it has gone to."""
     with Workshop(private_dir) as shop:
-        guest = shop.boot()
-        guest.wait_busy()
-        shop.park(guest, "precopy")
-        before = guest.console()
+        before = shop.boot_parked("precopy")
         running = shop.serve("lazy")
         with pytest.raises((RuntimeError, CommandFailed), match="--clone"):
             shop.serve("lazy")
@@ -75,7 +68,7 @@ def test_fork_of_a_running_guest(private_dir: Path) -> None:
     """A snapshot that QEMU takes in the background becomes two more guests."""
     with Workshop(private_dir, disk=False) as shop:
         original = shop.boot()
-        before = original.wait_busy()
+        before = original.console()
         original.set_capabilities("background-snapshot")
         with shop.parker() as dstd:
             original.set_parameters(max_bandwidth=0)

@@ -10,9 +10,10 @@ from support.parking import (
     FAST,
     OUT,
     Workshop,
-    begin_parking,
     both_complete,
     end,
+    postcopy_in,
+    postcopy_out,
     recover,
     wait_for_pages,
 )
@@ -30,10 +31,7 @@ pytestmark = [pytest.mark.qemu, pytest.mark.linux, pytest.mark.userfaultfd]
 def test_dstd_in_precopy(private_dir: Path, version: str) -> None:
     """The guest runs on where it is, and can be parked elsewhere."""
     with Workshop(private_dir, version=version) as shop:
-        guest = shop.boot()
-        guest.wait_busy()
-        with shop.parker() as dstd:
-            begin_parking(guest, dstd, "precopy")
+        with shop.arriving("precopy") as (guest, dstd):
             guest.wait_counter("transferred", 1)
             dstd.process.kill()
             guest.wait_status("failed")
@@ -46,23 +44,13 @@ def test_dstd_in_precopy(private_dir: Path, version: str) -> None:
             parked.verify()
 
 
-@pytest.mark.parametrize(
-    ("version", "out"), [("10", "lazy"), ("10", "preempt"), ("7.2", "lazy")]
-)
+@postcopy_out
 def test_srcd_while_it_serves(private_dir: Path, version: str, out: str) -> None:
     """Twice; the next one needs nothing but the directory."""
-    options, capabilities = OUT[out]
+    options, _ = OUT[out]
     with Workshop(private_dir, version=version) as shop:
-        guest = shop.boot()
-        guest.wait_busy()
-        shop.park(guest, "precopy")
-        before = guest.console()
-        guest = shop.waiting(*capabilities)
-        with shop.server(*options) as srcd:
-            srcd.set_parameters(max_postcopy_bandwidth=CRAWL)
-            srcd.migrate(guest.listen())
-            guest.wait_status("postcopy-active")
-            guest.wait_event("RESUME")
+        before = shop.boot_parked("precopy")
+        with shop.leaving(out) as (srcd, guest):
             guest.wait_console(lambda said: len(said.counts) > len(before.counts))
             srcd.process.kill()
             guest.wait_status("postcopy-paused")
@@ -79,17 +67,11 @@ def test_srcd_while_it_serves(private_dir: Path, version: str, out: str) -> None
         guest.wait_continued(before)
 
 
-@pytest.mark.parametrize(
-    ("version", "into"), [("10", "postcopy"), ("10", "preempt"), ("7.2", "postcopy")]
-)
+@postcopy_in
 def test_dstd_in_postcopy(private_dir: Path, version: str, into: str) -> None:
     """Twice; the next one needs nothing but the directory."""
     with Workshop(private_dir, version=version) as shop:
-        guest = shop.boot()
-        guest.wait_busy()
-        guest.set_parameters(max_postcopy_bandwidth=CRAWL)
-        with shop.parker() as dstd:
-            begin_parking(guest, dstd, into)
+        with shop.arriving(into) as (guest, dstd):
             before = guest.console()
             dstd.process.kill()
             guest.wait_status("postcopy-paused")

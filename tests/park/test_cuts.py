@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.parking import (
-    CRAWL,
     FAST,
-    OUT,
     Workshop,
-    begin_parking,
     both_complete,
     end,
+    postcopy_in,
+    postcopy_out,
     recover,
     wait_for_pages,
     wait_status,
@@ -54,16 +53,10 @@ def cut_and_recover(relay: Relay, source: Any, destination: Any) -> None:
         assert relay.links
 
 
-@pytest.mark.parametrize(
-    ("version", "into"), [("10", "postcopy"), ("10", "preempt"), ("7.2", "postcopy")]
-)
+@postcopy_in
 def test_on_the_way_in(private_dir: Path, version: str, into: str) -> None:
     with Workshop(private_dir, version=version) as shop, Relay() as relay:
-        guest = shop.boot()
-        guest.wait_busy()
-        with shop.parker() as dstd:
-            guest.set_parameters(max_postcopy_bandwidth=CRAWL)
-            begin_parking(guest, dstd, into, relay)
+        with shop.arriving(into, relay) as (guest, dstd):
             cut_and_recover(relay, guest, dstd)
             guest.set_parameters(max_postcopy_bandwidth=FAST)
             both_complete(guest, dstd)
@@ -72,22 +65,11 @@ def test_on_the_way_in(private_dir: Path, version: str, into: str) -> None:
         shop.serve("lazy").wait_continued(before)
 
 
-@pytest.mark.parametrize(
-    ("version", "out"), [("10", "lazy"), ("10", "preempt"), ("7.2", "lazy")]
-)
+@postcopy_out
 def test_on_the_way_out(private_dir: Path, version: str, out: str) -> None:
     with Workshop(private_dir, version=version) as shop, Relay() as relay:
-        guest = shop.boot()
-        guest.wait_busy()
-        shop.park(guest, "precopy")
-        before = guest.console()
-        options, capabilities = OUT[out]
-        guest = shop.waiting(*capabilities)
-        with shop.server(*options) as srcd:
-            srcd.set_parameters(max_postcopy_bandwidth=CRAWL)
-            srcd.migrate(relay.to(guest.listen()))
-            wait_status((srcd, guest), "postcopy-active")
-            guest.wait_event("RESUME")
+        before = shop.boot_parked("precopy")
+        with shop.leaving(out, relay) as (srcd, guest):
             cut_and_recover(relay, srcd, guest)
             srcd.set_parameters(max_postcopy_bandwidth=FAST)
             both_complete(srcd, guest)

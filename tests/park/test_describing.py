@@ -31,7 +31,6 @@ def test_the_printed_line_starts_a_destination(private_dir: Path, version: str) 
     more = ("-name", "my vm", "-qmp", second, "-pidfile", str(private_dir / "pid"))
     with Workshop(private_dir, version=version, arguments=more) as shop:
         guest = shop.boot()
-        guest.wait_busy()
         shop.parked.mkdir()
         noted = srcd("describe", shop.parked, "--qmp", control)
         environment = _environment(guest.pid)

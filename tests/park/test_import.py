@@ -52,7 +52,6 @@ def test_guest_goes_on(
     file = private_dir / "saved"
     with Workshop(private_dir, version=version, machine=machine) as shop:
         guest = shop.boot()
-        guest.wait_busy()
         save(guest, file)
         before = guest.console()
         guest.process.kill()
@@ -67,7 +66,6 @@ def test_a_virsh_image_that_has_its_pages_in_place(private_dir: Path) -> None:
     file = private_dir / "saved"
     with Workshop(private_dir) as shop:
         guest = shop.boot()
-        guest.wait_busy()
         saved.virsh_save(guest, file, mapped=True)
         before = guest.console()
         guest.process.kill()
@@ -81,7 +79,6 @@ def test_a_virsh_image_by_precopy(private_dir: Path) -> None:
     file = private_dir / "saved"
     with Workshop(private_dir, disk=False) as shop:
         guest = shop.boot()
-        guest.wait_busy()
         saved.virsh_save(guest, file)
         before = guest.console()
         guest.process.kill()
@@ -97,7 +94,6 @@ def test_one_file_for_qemu_and_for_us(private_dir: Path) -> None:
     file = private_dir / "saved"
     with Workshop(private_dir, disk=False) as shop:
         guest = shop.boot()
-        guest.wait_busy()
         saved.save(guest, file, mapped=True)
         before = guest.console()
         guest.process.kill()

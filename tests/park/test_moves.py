@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support.linux_guest import MEMORY
-from support.parking import CRAWL, FAST, INTO, OUT, Workshop, both_complete
+from support.parking import FAST, INTO, OUT, Workshop, both_complete
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,7 +31,6 @@ CHAINS = {
 def test_guest_goes_on(private_dir: Path, version: str, machine: str) -> None:
     with Workshop(private_dir, version=version, machine=machine) as shop:
         guest = shop.boot()
-        guest.wait_busy()
         for into, out in CHAINS[version, machine]:
             shop.parked = private_dir / f"{into}-{out}"
             shop.park(guest, into)
@@ -43,16 +42,9 @@ def test_guest_goes_on(private_dir: Path, version: str, machine: str) -> None:
 
 @pytest.mark.parametrize("out", ["lazy", "preempt"])
 def test_guest_runs_before_its_memory_is_there(private_dir: Path, out: str) -> None:
-    options, capabilities = OUT[out]
     with Workshop(private_dir, machine="q35") as shop:
-        guest = shop.boot()
-        guest.wait_busy()
-        shop.park(guest, "precopy")
-        before = guest.console()
-        guest = shop.waiting(*capabilities)
-        with shop.server(*options) as srcd:
-            srcd.set_parameters(max_postcopy_bandwidth=CRAWL)
-            srcd.migrate(guest.listen())
+        before = shop.boot_parked("precopy")
+        with shop.leaving(out) as (srcd, guest):
             guest.wait_console(lambda said: len(said.counts) > len(before.counts) + 10)
             found = srcd.query()
             assert found["status"] == "postcopy-active"
@@ -71,7 +63,6 @@ def test_paused_guest_stays_paused(
 ) -> None:
     with Workshop(private_dir) as shop:
         guest = shop.boot()
-        guest.wait_busy()
         guest.execute("stop")
         before = guest.console()
         shop.park(guest, "precopy")
@@ -85,10 +76,7 @@ def test_paused_guest_stays_paused(
 def test_guest_of_an_older_qemu(private_dir: Path) -> None:
     """The machine's version is what has to be the same."""
     with Workshop(private_dir, version="7.2", machine="pc-i440fx-7.2") as shop:
-        guest = shop.boot()
-        guest.wait_busy()
-        shop.park(guest, "postcopy")
-        before = guest.console()
+        before = shop.boot_parked("postcopy")
         shop.kind = replace(shop.kind, version="10")
         guest = shop.serve("preempt")
         assert guest.version == "10"
@@ -97,8 +85,5 @@ def test_guest_of_an_older_qemu(private_dir: Path) -> None:
 
 def test_two_vcpus(private_dir: Path) -> None:
     with Workshop(private_dir, machine="q35", arguments=("-smp", "2")) as shop:
-        guest = shop.boot()
-        guest.wait_busy()
-        shop.park(guest, "preempt")
-        before = guest.console()
+        before = shop.boot_parked("preempt")
         shop.serve("preempt").wait_continued(before)

@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.parking import (
-    CRAWL,
     FAST,
     OUT,
     Workshop,
-    begin_parking,
     both_complete,
     end,
     recover,
@@ -60,12 +58,8 @@ def wait_servable(directory: Path) -> None:
 def arriving(
     shop: Workshop, into: str, relay: Relay | None = None
 ) -> Iterator[tuple[LinuxGuest, Destination, Console]]:
-    """A guest on its way into the directory, slowly, and what it said before."""
-    guest = shop.boot()
-    guest.wait_busy()
-    guest.set_parameters(max_postcopy_bandwidth=CRAWL)
-    with shop.parker() as dstd:
-        begin_parking(guest, dstd, into, relay)
+    """A guest on its way, of which a part can be served, and what it said before."""
+    with shop.arriving(into, relay) as (guest, dstd):
         wait_servable(shop.parked)
         yield guest, dstd, guest.console()
 
@@ -197,15 +191,14 @@ def test_not_by_precopy(private_dir: Path) -> None:
 
 def test_not_before_it_is_ours(private_dir: Path) -> None:
     """In precopy the guest runs at its source."""
-    with Workshop(private_dir, disk=False) as shop:
-        guest = shop.boot()
-        guest.wait_busy()
-        with shop.parker() as dstd:
-            begin_parking(guest, dstd, "precopy")
-            with pytest.raises(RuntimeError, match="incomplete: only a part"):
-                shop.server().__enter__()
-            guest.set_parameters(max_bandwidth=FAST)
-            both_complete(guest, dstd)
+    with (
+        Workshop(private_dir, disk=False) as shop,
+        shop.arriving("precopy") as (guest, dstd),
+    ):
+        with pytest.raises(RuntimeError, match="incomplete: only a part"):
+            shop.server().__enter__()
+        guest.set_parameters(max_bandwidth=FAST)
+        both_complete(guest, dstd)
 
 
 def test_runs_once(private_dir: Path) -> None:

@@ -1,9 +1,7 @@
 """Parks Linux guests and serves them again, as an operator would.
 
     with Workshop(dir, machine="q35") as shop:
-        guest = shop.boot()
-        before = guest.wait_busy()
-        shop.park(guest, "postcopy")
+        before = shop.boot_parked("postcopy")
         guest = shop.serve("lazy")
         guest.wait_continued(before)
 
@@ -17,6 +15,8 @@ import time
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
+import pytest
+
 from support import booted
 from support.booted import Kind
 from support.daemons import Destination, Source
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-    from support.linux_guest import LinuxGuest
+    from support.linux_guest import Console, LinuxGuest
     from support.relay import Relay
 
 # How a guest gets into a directory, and what both sides have to be set to.
@@ -44,6 +44,13 @@ OUT = {
 SLOW = 16 << 20  # bytes per second; precopy is not over before postcopy starts
 CRAWL = 2 << 20  # bytes per second; there is time to cut a postcopy
 FAST = 0  # no limit
+
+postcopy_in = pytest.mark.parametrize(
+    ("version", "into"), [("10", "postcopy"), ("10", "preempt"), ("7.2", "postcopy")]
+)
+postcopy_out = pytest.mark.parametrize(
+    ("version", "out"), [("10", "lazy"), ("10", "preempt"), ("7.2", "lazy")]
+)
 
 
 class Workshop:
@@ -81,10 +88,11 @@ class Workshop:
     # -- QEMU -----------------------------------------------------------------
 
     def boot(self) -> LinuxGuest:
-        """A guest that is up, and has been for a while."""
+        """A guest that is up and has shown all that it does."""
         guest = booted.start(self.kind, self.directory, self._name("qemu"))
         self.last = self._stack.enter_context(guest)
         booted.run(self.kind, guest)
+        guest.wait_busy()
         return guest
 
     def waiting(self, *capabilities: str, arguments: Sequence[str] = ()) -> LinuxGuest:
@@ -144,6 +152,12 @@ class Workshop:
 
     # -- there and back -------------------------------------------------------
 
+    def boot_parked(self, into: str) -> Console:
+        """Until a guest that was up is in the directory; what it has said."""
+        guest = self.boot()
+        self.park(guest, into)
+        return guest.console()
+
     def park(self, guest: LinuxGuest, into: str) -> None:
         """Until the guest is in the directory; its QEMU is ended then."""
         with self.parker() as dstd:
@@ -161,6 +175,32 @@ class Workshop:
             srcd.migrate(guest.listen())
             both_complete(srcd, guest)
         return guest
+
+    @contextmanager
+    def arriving(
+        self, into: str, relay: Relay | None = None
+    ) -> Iterator[tuple[LinuxGuest, Destination]]:
+        """A guest that was up is on its way into the directory, slowly."""
+        guest = self.boot()
+        guest.set_parameters(max_postcopy_bandwidth=CRAWL)
+        with self.parker() as dstd:
+            begin_parking(guest, dstd, into, relay)
+            yield guest, dstd
+
+    @contextmanager
+    def leaving(
+        self, out: str, relay: Relay | None = None
+    ) -> Iterator[tuple[Source, LinuxGuest]]:
+        """The guest runs in a new QEMU, to which its memory comes slowly."""
+        options, capabilities = OUT[out]
+        guest = self.waiting(*capabilities)
+        with self.server(*options) as srcd:
+            srcd.set_parameters(max_postcopy_bandwidth=CRAWL)
+            uri = guest.listen()
+            srcd.migrate(relay.to(uri) if relay else uri)
+            wait_status((srcd, guest), "postcopy-active")
+            guest.wait_event("RESUME")
+            yield srcd, guest
 
 
 def begin_parking(
