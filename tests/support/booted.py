@@ -67,7 +67,7 @@ def _boot(kind: Kind) -> LinuxGuest:
         guest.wait_busy()
         guest.set_parameters(max_bandwidth=0)
         guest.migrate(f"exec:cat > {_folder(kind) / 'stream'}")
-        guest.wait_status("completed")
+        guest.wait_written()
     return guest
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 PATIENCE = 30.0  # seconds; a test that waits longer has failed
+LOOK_SECONDS = 0.001  # between two looks at what has no event
 VERSIONS = ("7.2", "10")
 
 _ENDS = ("completed", "failed", "cancelled")
@@ -256,6 +257,16 @@ class QemuProcess:
         all that went by.
         """
         self.wait_event("MIGRATION", patience, status=wanted)
+
+    def wait_written(self, patience: float = PATIENCE) -> None:
+        """Wait until the stream is saved, and a command has written all of it.
+
+        QEMU takes the migration apart only after it has said `completed`, and
+        waits then for the command's end.
+        """
+        self.wait_status("completed", patience)
+        while {"type": "migration"} in self.execute("query-yank"):
+            time.sleep(LOOK_SECONDS)
 
     def wait_event(
         self, wanted: str, patience: float = PATIENCE, /, **data: object

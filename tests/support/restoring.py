@@ -151,10 +151,7 @@ class State:
 def save(guest: LinuxGuest, file: Path) -> None:
     guest.statuses.clear()
     guest.migrate(f"file:{file}")
-    guest.wait_status("completed", PATIENCE)
-    # QEMU takes the migration apart only after it has said so.
-    while {"type": "migration"} in guest.execute("query-yank"):
-        time.sleep(LOOK_SECONDS)
+    guest.wait_written(PATIENCE)
 
 
 def learn(state: State) -> None:

@@ -22,7 +22,7 @@ def save(qemu: QemuProcess, path: Path, *, mapped: bool = False) -> None:
         qemu.set_capabilities("mapped-ram")
     # QEMU 7.2 has no file:.
     qemu.migrate(f"exec:cat > {path}" if qemu.version == "7.2" else f"file:{path}")
-    qemu.wait_status("completed")
+    qemu.wait_written()
 
 
 def virsh_save(
@@ -37,7 +37,7 @@ def virsh_save(
         qemu.migrate(f"file:{path},offset={len(head)}")
     else:
         qemu.migrate(f"exec:cat >> {path}")
-    qemu.wait_status("completed")
+    qemu.wait_written()
 
 
 def virsh_head(
