@@ -113,3 +113,16 @@ async def test_source_that_ends_with_the_last_word(last: bytes) -> None:
         await _receive(both, speak)
         assert both.incoming.status.now is M.COMPLETED
         assert both.incoming.over == bool(last)
+
+
+@pytest.mark.parametrize("capabilities", [(), ("postcopy-ram",)], ids=["pre", "post"])
+async def test_a_source_says_that_it_has_noted_it(
+    capabilities: tuple[str, ...],
+) -> None:
+    """Else the destination would wait for it to come back."""
+    with pair(MIB, *capabilities) as both:
+        if capabilities:
+            both.outgoing.start_postcopy()
+        await both.move()
+        assert both.outgoing.status.now is M.COMPLETED
+        assert both.incoming.over
