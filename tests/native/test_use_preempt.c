@@ -67,7 +67,6 @@ static void test_its_end_is_seen_then(void)
     struct result r;
 
     begin(&f, &server);
-    start_readers(&f, true);
     source_use_preempt(&f.source, &f.preempt.channel);
     request(&f, 1, 0);
     wait_for_urgent(&f, 1);
@@ -75,7 +74,6 @@ static void test_its_end_is_seen_then(void)
     request(&f, 1, APART); /* it need not look before somebody asks */
     r = job_wait(&server);
     CHECK(r.kind == RESULT_CLOSED || r.kind == RESULT_CHANNEL);
-    finish_readers(&f);
     fixture_close(&f);
 }
 
