@@ -183,12 +183,12 @@ def nested(depth: int) -> bytes:
 
 LIMITS = [
     # The request itself is one level.
-    exchange("an id as deep as may be", echo(nested(1023))),
-    exchange("an id one too deep", echo(nested(1024)) + NAME),
-    exchange("arrays as deep as may be", nested(1024) + NAME),
-    exchange("arrays one too deep", nested(1025) + NAME),
-    exchange("arrays far too deep", b"[" * 5000 + b"\x01" + NAME),
-    exchange("objects one too deep", b'{"a":' * 1025 + b"\x01" + NAME),
+    exchange("an id as deep as may be", echo(nested(1023)), asks_last=True),
+    exchange("an id one too deep", echo(nested(1024)), asks_last=True),
+    exchange("arrays as deep as may be", nested(1024), asks_last=True),
+    exchange("arrays one too deep", nested(1025), asks_last=True),
+    exchange("arrays far too deep", b"[" * 5000 + b"\x01", asks_last=True),
+    exchange("objects one too deep", b'{"a":' * 1025 + b"\x01", asks_last=True),
     exchange("a string of 64 KiB", echo(b'"' + b"x" * 65536 + b'"'), asks_last=True),
     exchange("a string of 200 KiB", echo(b'"' + b"x" * 200_000 + b'"'), asks_last=True,
              ends=("source",)),

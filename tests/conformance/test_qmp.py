@@ -99,10 +99,14 @@ def start(end: str, folder: Path, stack: ExitStack) -> tuple[Partner, Partner]:
 )
 def test_they_say_the_same(partners, end: str, exchange: Exchange) -> None:
     qemu, daemon = partners[end]
-    theirs, said = replies(qemu.have(exchange)), daemon.have(exchange)
-    ours = replies(said)
+    said = daemon.have(exchange)
+    ours, theirs = replies(said), replies(qemu.have(exchange))
     meant = [r for r in MEANT if differences.matches(r.subject, exchange.name)]
     if not meant:
+        if ours != theirs:
+            # On a busy machine QEMU may forget what it has to say when its client
+            # stops writing, or say it to the next one.
+            theirs = replies(qemu.have(exchange))
         assert ours == theirs
     else:
         assert ours != theirs, "the document says that they differ"
