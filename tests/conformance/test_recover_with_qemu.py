@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -11,6 +10,7 @@ from conformance.test_interop import FAST, LAYOUTS, MODES, Ends, both_complete
 from conformance.test_recovery_interop import PAUSED, into_postcopy, remaining
 from support.daemons import Destination, Source
 from support.parked import fill, ram_arguments, shared_ram
+from support.ports import free_address
 from support.qemu import Qemu
 from support.ram import MIB
 from support.recover import SCRIPTS, recover
@@ -82,11 +82,6 @@ def completes(ends: Ends, source: Any) -> None:
         side.wait_status("postcopy-active")
     source.set_parameters(max_postcopy_bandwidth=FAST)
     both_complete(ends)
-
-
-def free_address() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return f"tcp:127.0.0.1:{server.getsockname()[1]}"
 
 
 @versions

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from integration.test_documents import ROOT, blocks
 from support.daemons import POSTCOPY, Source
+from support.ports import free_address
 from support.recover import (
     EXAMPLES,
     INTERPRETERS,
@@ -41,11 +42,6 @@ DONE, FAILED, USAGE = range(3)
 
 def play(script: Callable[..., Run], ends: Ends, uri: str) -> Run:
     return script(ends.src.qmp_path, ends.dst.qmp_path, uri)
-
-
-def free_address() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return f"tcp:127.0.0.1:{server.getsockname()[1]}"
 
 
 def goes_on(ends: Ends) -> None:

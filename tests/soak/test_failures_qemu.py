@@ -10,7 +10,6 @@ import contextlib
 import os
 import random
 import signal
-import socket
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from conformance.test_interop import FAST, MODES, PREEMPT_EARLY
 from support.attached_guest import AttachedGuest
 from support.daemons import Destination, Source
 from support.parked import fill, shared_ram
+from support.ports import free_address
 from support.preempt_thread import NAMED_THREADS, wait_reads_preempt
 from support.qemu import Qemu
 from support.ram import MIB, PAGE, Block, SharedRam, assert_equal_ram
@@ -255,8 +255,3 @@ def test_qemu_waits_for_a_page(private_dir: Path, mode: str) -> None:
         assert out.read_bytes() == ordeal.ram[0].bytes[-PAGE:]
         ordeal.suffer(killed)
         ordeal.complete()
-
-
-def free_address() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return f"tcp:127.0.0.1:{server.getsockname()[1]}"

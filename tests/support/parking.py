@@ -10,7 +10,6 @@ Each QEMU and each daemon is a process of its own, and all end with the workshop
 
 from __future__ import annotations
 
-import socket
 import time
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, Self
@@ -20,6 +19,7 @@ import pytest
 from support import booted
 from support.booted import Kind
 from support.daemons import Destination, Source
+from support.ports import free_address
 from support.qemu import PATIENCE, QemuProcess
 
 if TYPE_CHECKING:
@@ -250,7 +250,7 @@ def wait_status(sides: tuple[Any, Any], status: str) -> None:
 
 def recover(source: Any, destination: Any, relay: Relay | None = None) -> None:
     """From a pause on both sides until pages come again."""
-    uri = _free_address()
+    uri = free_address()
     # Out of band: QEMU's main thread may itself be waiting for a page.
     if isinstance(destination, QemuProcess):
         destination.recover(uri)
@@ -258,12 +258,6 @@ def recover(source: Any, destination: Any, relay: Relay | None = None) -> None:
         destination.execute("migrate-recover", uri=uri)
     source.execute("migrate", uri=relay.to(uri) if relay else uri, resume=True)
     wait_status((source, destination), "postcopy-active")
-
-
-def _free_address() -> str:
-    """While it is paused, QEMU does not tell which port it has chosen."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return f"tcp:127.0.0.1:{server.getsockname()[1]}"
 
 
 def words_of(side: Any) -> str:
