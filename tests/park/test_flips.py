@@ -24,8 +24,8 @@ from common.store.directory import Parked, Parking
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Of each way to serve; `SEEDS=500 pytest tests/park/test_flips.py` for more.
-SEEDS = int(os.environ.get("SEEDS") or 50)
+# Of each way to serve: a thousand in all; `SEEDS=50` for a quick look.
+SEEDS = int(os.environ.get("SEEDS") or 500)
 PAGE = stored.PAGE
 # In precopy 2 MiB are gathered before any of them is sent.
 BLOCKS = (("pc.ram", 5 << 20), ("pc.bios", 3 * PAGE))
